@@ -1,0 +1,127 @@
+"""What a model remembers of a batch of rows: one state a layer, and the length of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from lfm_mlx.cache.conv_state import ConvState
+from lfm_mlx.cache.kv_cache import KVCache
+from lfm_mlx.cache.span import Span
+from lfm_mlx.config import ModelConfig
+from lfm_mlx.errors import ContextLengthError, OptionError
+
+LayerState = ConvState | KVCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A state at one moment, in copies of its own: it stays valid whatever the state does later."""
+
+    lengths: tuple[int, ...]
+    layers: tuple[Any, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for layer in self.layers for array in layer)
+
+
+class State:
+    """The state of a batch of rows, from `State.empty`; `begin` a call, run the layers, then `advance`.
+
+    Attributes:
+        layers: one ConvState or KVCache a layer.
+        lengths: tokens each row has seen.
+    """
+
+    def __init__(self, layers: Sequence[LayerState], lengths: Sequence[int], max_context: int) -> None:
+        self.layers = list(layers)
+        self.lengths = tuple(lengths)
+        self.max_context = max_context
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch_size: int = 1, *, dtype: mx.Dtype = mx.float32) -> State:
+        """The state of `batch_size` rows that have seen nothing.
+
+        Args:
+            config: the model's.
+            batch_size: number of rows, at least 1.
+            dtype: dtype of keys, values and convolution rows: the model's activations'.
+        """
+        if batch_size < 1:
+            raise OptionError(f"batch_size is {batch_size}, expected at least 1")
+        layers: list[LayerState] = [
+            KVCache.empty(batch_size, config.num_kv_heads, config.head_dim, dtype)
+            if kind == "full_attention"
+            else ConvState.zeros(batch_size, config.conv_taps - 1, config.hidden_size, dtype)
+            for kind in config.layer_types
+        ]
+        return cls(layers, (0,) * batch_size, config.max_context)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array held, for evaluation."""
+        return [array for layer in self.layers for array in layer.arrays]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def begin(self, num_tokens: int, counts: Sequence[int] | None = None) -> Span:
+        """The span of the next `num_tokens` tokens of each row, of which `counts` are real.
+
+        Raises:
+            ContextLengthError: a row would become longer than the model's context.
+        """
+        span = Span.make(self.lengths, num_tokens, counts)
+        if max(span.ends) > self.max_context:
+            raise ContextLengthError(
+                f"a row would hold {max(span.ends):,} tokens, expected at most {self.max_context:,} "
+                "(max_position_embeddings); shorten the prompt or lower max_tokens"
+            )
+        return span
+
+    def advance(self, span: Span) -> None:
+        """Count the tokens of a finished call."""
+        self.lengths = span.ends
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for rows of `num_tokens` tokens in every attention layer."""
+        for layer in self.layers:
+            if isinstance(layer, KVCache):
+                layer.reserve(num_tokens)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state as it is now."""
+        longest = max(self.lengths)
+        layers = [layer.snapshot(longest) if isinstance(layer, KVCache) else layer.snapshot() for layer in self.layers]
+        return Snapshot(lengths=self.lengths, layers=tuple(layers))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this state, or of one of the same model."""
+        for layer, stored in zip(self.layers, snapshot.layers, strict=True):
+            layer.restore(stored)
+        self.lengths = snapshot.lengths
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        index = mx.array(list(rows), dtype=mx.int32)
+        for layer in self.layers:
+            layer.keep(index)
+        self.lengths = tuple(self.lengths[row] for row in rows)
+
+    def join(self, other: State) -> None:
+        """Append the rows of another state of the same model."""
+        for layer, added in zip(self.layers, other.layers, strict=True):
+            layer.join(added)  # type: ignore[arg-type]
+        self.lengths += other.lengths

@@ -1,0 +1,116 @@
+"""A path or repo id -> a model and its tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from lfm_mlx.build import build_model
+from lfm_mlx.checkpoint import Checkpoint
+from lfm_mlx.config import ModelConfig
+from lfm_mlx.errors import OptionError
+from lfm_mlx.hub import fetch
+from lfm_mlx.model import Model
+from lfm_mlx.tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_MODEL = "LiquidAI/LFM2.5-8B-A1B-MLX-4bit"
+"""The published 4-bit MLX conversion of LFM2.5-8B-A1B."""
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+"""Compute dtypes by name."""
+
+
+class Loaded(NamedTuple):
+    """What `load` returns: ``model, tokenizer = load(...)``."""
+
+    model: Model
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadProgress:
+    """How far loading has come, in bytes of weights."""
+
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    on_progress: Callable[[LoadProgress], None] | None = None,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: a folder, or a repo id that is downloaded first (only the files needed). MLX checkpoints made here or by
+            mlx-lm, quantised or not, and Hugging Face checkpoints are all read directly.
+        dtype: "float32", "float16" or "bfloat16" for activations and unquantised weights; None takes what the device
+            computes well (`compute_dtype`).
+        revision: branch, tag or commit of the repo.
+        subfolder: the folder in the repo that holds the precision wanted.
+        token: access token; None uses the one huggingface_hub knows.
+        offline: never ask the network, use only what was downloaded before.
+        on_progress: called as weights arrive in memory.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or do not fit the config; lists everything that is wrong.
+        ConfigError: the model type is not supported or a value cannot be used.
+        DownloadError: the repo could not be fetched.
+        OptionError: an argument is refused.
+    """
+    folder = fetch(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
+    checkpoint = Checkpoint(folder)
+    chosen = compute_dtype(checkpoint.config, dtype)
+    tokenizer = load_tokenizer(folder, config_eos_ids=checkpoint.config.eos_token_ids)
+    total_bytes, started, done_bytes = checkpoint.num_bytes, time.perf_counter(), 0
+
+    def on_part(num_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += num_bytes
+        if on_progress is not None:
+            elapsed_s = time.perf_counter() - started
+            on_progress(LoadProgress(done_bytes=done_bytes, total_bytes=total_bytes, elapsed_s=elapsed_s))
+
+    return Loaded(build_model(checkpoint.config, checkpoint, chosen, on_part), tokenizer)
+
+
+def compute_dtype(config: ModelConfig, dtype: str | None = None) -> mx.Dtype:
+    """The dtype a model computes in.
+
+    A GPU takes the dtype the checkpoint was stored in. MLX's CPU backend is about ten times slower in 16 bits than in
+    float32 and runs an unquantised mixture of experts in float32 only, so there it is float32.
+
+    Args:
+        config: the model's.
+        dtype: the wish of the caller, by name; None chooses.
+
+    Raises:
+        OptionError: an unknown name, or one that the device cannot compute in.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    on_cpu = mx.default_device().type == mx.cpu
+    if dtype is None:
+        stored = config.dtype if config.dtype in DTYPES else "bfloat16"
+        return mx.float32 if on_cpu else DTYPES[str(stored)]
+    if on_cpu and dtype != "float32" and config.is_moe and config.quantization is None:
+        raise OptionError(
+            f"dtype is {dtype!r}, expected 'float32': MLX's CPU backend runs an unquantised mixture of experts in "
+            "float32 only; leave dtype out, or load a quantised checkpoint"
+        )
+    return DTYPES[dtype]

@@ -1,0 +1,100 @@
+"""The module tree of every LFM2 model, dense or with experts.
+
+Shape letters, here and everywhere: B rows, L tokens in this call, S tokens visible to attention, D hidden, H query
+heads, G key-value heads, P head width, E experts, A active experts, F expert width, W conv taps, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from lfm_mlx.cache import Span, State
+from lfm_mlx.config import ModelConfig
+from lfm_mlx.errors import OptionError
+from lfm_mlx.model.block import Block
+from lfm_mlx.model.linear import AnyLinear, Embedding
+from lfm_mlx.model.norm import Norm
+
+
+class Model(Module):
+    """Embedding, layers, final norm, head. `lfm_mlx.load` builds one from a checkpoint.
+
+    Args:
+        config: the architecture.
+        embed_tokens: ``(V, D)``.
+        layers: one block a layer.
+        embedding_norm: the norm before the head.
+        lm_head: ``(V, D)``, or None where the embedding serves as head.
+        dtype: dtype of the activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        embed_tokens: Embedding,
+        layers: Sequence[Block],
+        embedding_norm: Norm,
+        lm_head: AnyLinear | None,
+        dtype: mx.Dtype,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = embed_tokens
+        self.layers = list(layers)
+        self.embedding_norm = embedding_norm
+        if lm_head is not None:
+            self.lm_head = lm_head
+        self.dtype = dtype
+
+    def __call__(
+        self, tokens: mx.array, state: State | None = None, *, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        """Logits of every token of a call.
+
+        Args:
+            tokens: int ``(B, L)``.
+            state: what the rows have seen before, from `new_state`; it is moved on. None: they have seen nothing, and
+                nothing is remembered.
+            lengths: how many of each row's L tokens are real, the rest being padding on the right; None: all are.
+
+        Returns:
+            ``(B, L, V)`` in the model's dtype; those of padding mean nothing.
+
+        Raises:
+            OptionError: `tokens` is not (B, L), or does not fit `state` or `lengths`.
+            ContextLengthError: a row would outgrow the context.
+        """
+        return self.head(self.hidden(tokens, state, lengths=lengths))
+
+    def hidden(self, tokens: mx.array, state: State | None = None, *, lengths: Sequence[int] | None = None) -> mx.array:
+        """Normalised hidden states ``(B, L, D)``: what `head` turns into logits. Arguments as for a call."""
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise OptionError(f"tokens has shape {tokens.shape}, expected (rows, tokens), both at least 1")
+        B, L = tokens.shape
+        if state is not None and state.batch_size != B:
+            raise OptionError(f"tokens has {B} rows, but the state has {state.batch_size}")
+        span = state.begin(L, lengths) if state is not None else Span.make((0,) * B, L, lengths)
+        x = self.embed_tokens(tokens).astype(self.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, state.layers[i] if state is not None else None, span)
+        if state is not None:
+            state.advance(span)
+        return self.embedding_norm(x)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits ``(..., V)`` of normalised hidden states ``(..., D)``."""
+        return self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
+
+    def new_state(self, batch_size: int = 1) -> State:
+        """A state for `batch_size` rows that have seen nothing."""
+        return State.empty(self.config, batch_size, dtype=self.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for array in dict(tree_flatten(self.parameters())).values())

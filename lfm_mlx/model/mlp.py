@@ -1,0 +1,27 @@
+"""The dense feed-forward layer (SwiGLU, Shazeer, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from lfm_mlx.model.linear import AnyLinear
+
+
+class MLP(Module):
+    """``down(silu(gate x) * up x)``, with gate and up in one matrix ``(2 F, D)``."""
+
+    def __init__(self, gate_up_proj: AnyLinear, down_proj: AnyLinear) -> None:
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map ``(B, L, D)`` to ``(B, L, D)``."""
+        return self.down_proj(gate_up(self.gate_up_proj(x)))
+
+
+def gate_up(x: mx.array) -> mx.array:
+    """``silu(gate) * up`` of ``(..., 2 F)``, gate first: ``(..., F)``."""
+    gate, up = mx.split(x, 2, axis=-1)
+    return gate * mx.sigmoid(gate) * up

@@ -1,0 +1,65 @@
+"""The gated short convolution (transformers ``Lfm2ShortConv``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from lfm_mlx.cache import ConvState, Span
+from lfm_mlx.model.linear import AnyLinear
+
+
+class ShortConv(Module):
+    """``out(C * conv(B * x))`` with ``B, C, x = in(u)`` and a causal depthwise convolution of W taps.
+
+    Args:
+        in_proj: ``(3 D, D)``.
+        taps: float32 ``(W, D)``; the last tap multiplies the current token.
+        bias: ``(D,)`` added to the convolution, or None.
+        out_proj: ``(D, D)``.
+    """
+
+    def __init__(self, in_proj: AnyLinear, taps: mx.array, bias: mx.array | None, out_proj: AnyLinear) -> None:
+        super().__init__()
+        self.in_proj = in_proj
+        self.taps = taps
+        if bias is not None:
+            self.bias = bias
+        self.out_proj = out_proj
+
+    def __call__(self, x: mx.array, state: ConvState | None, span: Span) -> mx.array:
+        """Map ``(B, L, D)`` to ``(B, L, D)`` and move `state` on."""
+        num_tokens = span.num_tokens
+        gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
+        gated = gate_in * value
+        num_rows = self.taps.shape[0] - 1
+        seen = state.extend(gated, span) if state is not None else mx.pad(gated, [(0, 0), (num_rows, 0), (0, 0)])
+        windows = [seen[:, i : i + num_tokens] for i in range(num_rows + 1)]
+        return self.out_proj(gate_out * self.convolve(windows))
+
+    def step(self, x: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, tuple[mx.array, ...]]:
+        """One token a row, as a pure function of the remembered rows.
+
+        Args:
+            x: ``(B, 1, D)``.
+            rows: the W - 1 latest gated inputs ``(B, 1, D)``, oldest first.
+
+        Returns:
+            The output ``(B, 1, D)`` and the rows to remember.
+        """
+        gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
+        gated = gate_in * value
+        y = gate_out * self.convolve([*rows, gated])
+        return self.out_proj(y), (*rows[1:], gated)
+
+    def convolve(self, windows: Sequence[mx.array]) -> mx.array:
+        """Multiply each window ``(B, L, D)`` by its tap and add, in float32; the windows' dtype comes out."""
+        # Elementwise rather than conv1d: it fuses with the gates, and one kernel serves prefill and decode.
+        total = windows[0].astype(mx.float32) * self.taps[0]
+        for window, tap in zip(windows[1:], self.taps[1:], strict=True):
+            total = total + window.astype(mx.float32) * tap
+        if "bias" in self:
+            total = total + self.bias
+        return total.astype(windows[0].dtype)
