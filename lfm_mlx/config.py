@@ -179,22 +179,34 @@ def read_config(path: Path) -> ModelConfig:
     """
     if path.is_dir():
         path = path / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    raw = read_json_object(path)
+    if raw is None:
         raise CheckpointError(
             f"{path}: not found, expected the checkpoint's config.json; name the folder that holds it"
-        ) from error
+        )
+    try:
+        return ModelConfig.from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a checkpoint's file holds, or None where there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(
             f"{path}: holds a {type(raw).__name__}, expected a JSON object; fetch the checkpoint again"
         )
-    try:
-        return ModelConfig.from_dict(raw)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return raw
 
 
 class _Keys:
@@ -355,7 +367,7 @@ def _quantization(raw: Mapping[str, Any]) -> QuantizationConfig | None:
     overrides: dict[str, Quantization | None] = {}
     for path, entry in block.items():
         if isinstance(entry, Mapping):
-            overrides[path] = _quantization_entry(f"{key}.{path}", {"mode": default.mode, **entry})
+            overrides[path] = _quantization_entry(f"{key}.{path}", entry)
         elif entry is False:
             overrides[path] = None
     return QuantizationConfig(default=default, overrides=overrides)

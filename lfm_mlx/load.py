@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from lfm_mlx.build import build_model
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.config import ModelConfig
+from lfm_mlx.config import ModelConfig, read_json_object
 from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
 from lfm_mlx.model import Model
+from lfm_mlx.sampling import recommended_sampling
 from lfm_mlx.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = "LiquidAI/LFM2.5-8B-A1B-MLX-4bit"
@@ -76,7 +77,9 @@ def load(
     folder = fetch(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
     checkpoint = Checkpoint(folder)
     chosen = compute_dtype(checkpoint.config, dtype)
-    tokenizer = load_tokenizer(folder, config_eos_ids=checkpoint.config.eos_token_ids)
+    tokenizer = load_tokenizer(
+        folder, config_eos_ids=checkpoint.config.eos_token_ids, model_vocab_size=checkpoint.config.vocab_size
+    )
     total_bytes, started, done_bytes = checkpoint.num_bytes, time.perf_counter(), 0
 
     def on_part(num_bytes: int) -> None:
@@ -86,7 +89,20 @@ def load(
             elapsed_s = time.perf_counter() - started
             on_progress(LoadProgress(done_bytes=done_bytes, total_bytes=total_bytes, elapsed_s=elapsed_s))
 
-    return Loaded(build_model(checkpoint.config, checkpoint, chosen, on_part), tokenizer)
+    built = build_model(checkpoint.config, checkpoint, chosen, on_part)
+    built.sampling = recommended_sampling(
+        model_type=checkpoint.config.model_type,
+        vocab_size=checkpoint.config.vocab_size,
+        name=_model_name(model, checkpoint.config),
+        generation_config=read_json_object(folder / "generation_config.json"),
+    )
+    return Loaded(built, tokenizer)
+
+
+def _model_name(model: str | Path, config: ModelConfig) -> str:
+    """What the model is called: by its config where that says so, else by the folder or repo it was loaded from."""
+    named = config.raw.get("_name_or_path")
+    return named if isinstance(named, str) and named else str(model)
 
 
 def compute_dtype(config: ModelConfig, dtype: str | None = None) -> mx.Dtype:

@@ -18,6 +18,7 @@ from lfm_mlx.errors import OptionError
 from lfm_mlx.model.block import Block
 from lfm_mlx.model.linear import AnyLinear, Embedding
 from lfm_mlx.model.norm import Norm
+from lfm_mlx.types import SamplingParams
 
 
 class Model(Module):
@@ -30,6 +31,9 @@ class Model(Module):
         embedding_norm: the norm before the head.
         lm_head: ``(V, D)``, or None where the embedding serves as head.
         dtype: dtype of the activations.
+
+    Attributes:
+        sampling: how tokens are drawn when the caller says nothing; `load` puts the model card's values here.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Model(Module):
         if lm_head is not None:
             self.lm_head = lm_head
         self.dtype = dtype
+        self.sampling = SamplingParams()
 
     def __call__(
         self, tokens: mx.array, state: State | None = None, *, lengths: Sequence[int] | None = None

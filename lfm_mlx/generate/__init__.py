@@ -1,0 +1,6 @@
+"""One prompt in, text out; `python -m lfm_mlx.generate` in the terminal."""
+
+from lfm_mlx.generate.generation import Statistics, Token, TokenStream, generate, stream
+from lfm_mlx.generate.prompt import Prompt
+
+__all__ = ["Prompt", "Statistics", "Token", "TokenStream", "generate", "stream"]

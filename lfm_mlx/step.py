@@ -1,0 +1,224 @@
+"""The only callers of a `Model` while serving: `prefill` takes prompts in, `decode` makes one token a row.
+
+A decode step is cut at its attention layers into segments: everything between two attentions (the end of one block,
+the convolution blocks, the start of the next) is one pure function of arrays and is compiled as such. Writing keys and
+values and attending stay outside, so no trace depends on the length of the context.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from lfm_mlx.cache import ConvState, KVCache, State
+from lfm_mlx.errors import OptionError
+from lfm_mlx.model import Attention, Model, ShortConv
+from lfm_mlx.sampling import Sampler
+from lfm_mlx.sampling.sampler import State as SamplerState
+from lfm_mlx.sampling.sampler import advance, choose
+
+Rows = list[tuple[mx.array, ...]]
+"""Remembered rows of the convolutions of one segment, layer by layer."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMPILE_VARIABLE = "LFM_MLX_COMPILE"
+
+
+def is_compiling() -> bool:
+    """Whether steps are compiled: on GPUs, unless the environment variable LFM_MLX_COMPILE says "on" or "off".
+
+    On the CPU it is off by itself: there `mx.compile` calls g++, which takes a second a function and may be absent.
+    """
+    wish = os.environ.get(COMPILE_VARIABLE, "auto")
+    if wish not in ("auto", "on", "off"):
+        raise OptionError(f"{COMPILE_VARIABLE} is {wish!r}, expected auto, on or off")
+    return wish == "on" or (wish == "auto" and mx.default_device().type != mx.cpu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What a step that samples returns: ids ``(B,)``, the sampler's next state, and the logits ``(B, V)``."""
+
+    ids: mx.array
+    sampler_state: SamplerState
+    logits: mx.array
+
+
+class Stepper:
+    """Runs one model forward: prompts in chunks, then one token a row and step.
+
+    Args:
+        model: the model; its weights must not be exchanged afterwards.
+        is_compiled: whether decode steps are compiled; None asks `is_compiling`.
+    """
+
+    def __init__(self, model: Model, *, is_compiled: bool | None = None) -> None:
+        self.model = model
+        self.is_compiled = is_compiling() if is_compiled is None else is_compiled
+        cuts = [None, *model.config.attention_layers, None]
+        self._segments = [self._compiled(_segment(model, *cut)) for cut in itertools.pairwise(cuts)]
+        self._sampling_ends: dict[Any, Callable[..., Any]] = {}
+
+    def prefill(
+        self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int = 2048
+    ) -> mx.array:
+        """Take prompts into `state`.
+
+        Args:
+            state: what the rows have seen before.
+            tokens: int ``(B, L)``, shorter rows padded on the right.
+            lengths: real tokens of each row, at least 1; None: all are.
+            chunk_size: tokens a row computed at once.
+
+        Returns:
+            Logits ``(B, V)`` of the last real token of each row, unevaluated; the state is evaluated.
+        """
+        *_, logits = self.prefill_chunks(state, tokens, lengths, chunk_size=chunk_size)
+        assert logits is not None
+        return logits
+
+    def prefill_chunks(
+        self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int = 2048
+    ) -> Iterator[mx.array | None]:
+        """`prefill` chunk by chunk: None after every chunk but the last, which yields the logits."""
+        B, L = tokens.shape
+        taken = list(lengths) if lengths is not None else [L] * B
+        last_rows: list[mx.array | None] = [None] * B
+        for start in range(0, L, chunk_size):
+            chunk = tokens[:, start : start + chunk_size]
+            counts = [min(max(n - start, 0), chunk.shape[1]) for n in taken]
+            hidden = self.model.hidden(chunk, state, lengths=counts)
+            for row, count in enumerate(counts):
+                if count and start + count == taken[row]:
+                    last_rows[row] = mx.contiguous(hidden[row, count - 1])
+            mx.eval(state.arrays, [row for row in last_rows if row is not None])
+            if start + chunk_size < L:
+                yield None
+        found = [row for row in last_rows if row is not None]
+        if len(found) != B:
+            raise OptionError(f"lengths is {taken}, expected at least 1 token a row")
+        yield self.model.head(mx.stack(found))
+
+    def decode(self, state: State, tokens: mx.array) -> mx.array:
+        """One more token a row: logits ``(B, V)`` after `tokens`, int ``(B,)``; the state moves on.
+
+        Raises:
+            ContextLengthError: a row would outgrow the context.
+        """
+        x, attended, offsets = self._run_to_last(state, tokens)
+        last = len(self._segments) - 1
+        logits: mx.array
+        logits, rows = self._segments[last](x, attended, offsets, self._rows(state, last))
+        self._remember(state, last, rows)
+        return logits
+
+    def decode_and_sample(
+        self, state: State, tokens: mx.array, sampler: Sampler, sampler_state: SamplerState
+    ) -> Sampled:
+        """`decode`, then draw: the sampler runs inside the last compiled segment."""
+        x, attended, offsets = self._run_to_last(state, tokens)
+        end = self._sampling_end(sampler)
+        last = len(self._segments) - 1
+        logits, rows, ids, sampler_state = end(
+            x, attended, offsets, self._rows(state, last), sampler_state, sampler.parameters
+        )
+        self._remember(state, last, rows)
+        return Sampled(ids=ids, sampler_state=sampler_state, logits=logits)
+
+    def _run_to_last(self, state: State, tokens: mx.array) -> tuple[mx.array, mx.array | None, mx.array]:
+        """All segments but the last, with the attentions between them; the state's lengths move on."""
+        span = state.begin(1)
+        x: mx.array = tokens
+        attended: mx.array | None = None
+        for i, layer in enumerate(self.model.config.attention_layers):
+            x, queries, keys, values, rows = self._segments[i](x, attended, span.offsets, self._rows(state, i))
+            self._remember(state, i, rows)
+            cache = state.layers[layer]
+            assert isinstance(cache, KVCache)
+            attended = cache.attend(queries, keys, values, span, self.model.layers[layer].operator.scale)
+        state.advance(span)
+        return x, attended, span.offsets
+
+    def _conv_layers(self, segment: int) -> range:
+        cuts = [-1, *self.model.config.attention_layers, self.model.config.num_layers]
+        return range(cuts[segment] + 1, cuts[segment + 1])
+
+    def _rows(self, state: State, segment: int) -> Rows:
+        layers = [state.layers[i] for i in self._conv_layers(segment)]
+        return [layer.rows for layer in layers if isinstance(layer, ConvState)]
+
+    def _remember(self, state: State, segment: int, rows: Rows) -> None:
+        for i, latest in zip(self._conv_layers(segment), rows, strict=True):
+            layer = state.layers[i]
+            assert isinstance(layer, ConvState)
+            layer.rows = tuple(latest)
+
+    def _sampling_end(self, sampler: Sampler) -> Callable[..., Any]:
+        """The last segment with sampling behind it; one for each set of features that samplers use."""
+        features = sampler.features
+        if features not in self._sampling_ends:
+            attention = self.model.config.attention_layers
+            last = _segment(self.model, attention[-1] if attention else None, None)
+
+            def end(
+                x: mx.array,
+                attended: mx.array | None,
+                offsets: mx.array,
+                rows: Rows,
+                sampler_state: SamplerState,
+                parameters: dict[str, mx.array],
+            ) -> Any:
+                logits, rows = last(x, attended, offsets, rows)
+                ids = choose(features, logits, sampler_state, parameters)
+                return logits, rows, ids, advance(features, sampler_state, parameters, ids)
+
+            self._sampling_ends[features] = self._compiled(end)
+        return self._sampling_ends[features]
+
+    def _compiled(self, function: Function) -> Function:
+        return mx.compile(function) if self.is_compiled else function  # type: ignore[return-value]
+
+
+def stepper_of(model: Model) -> Stepper:
+    """The model's stepper; kept on the model, so that all callers share what was compiled."""
+    if "_stepper" not in vars(model):
+        object.__setattr__(model, "_stepper", Stepper(model))
+    stepper = vars(model)["_stepper"]
+    assert isinstance(stepper, Stepper)
+    return stepper
+
+
+def _segment(model: Model, first: int | None, last: int | None) -> Callable[..., Any]:
+    """The computation between the attention of layer `first` and that of layer `last`, for one token a row.
+
+    With `first` None it starts from token ids; with `last` None it ends in logits.
+    """
+    start = 0 if first is None else first + 1
+    stop = model.config.num_layers if last is None else last
+
+    def run(x: mx.array, attended: mx.array | None, offsets: mx.array, rows: Rows) -> Any:
+        if first is None:
+            x = model.embed_tokens(x[:, None]).astype(model.dtype)
+        else:
+            block = model.layers[first]
+            assert attended is not None
+            x = block.feed(x + block.operator.merge(attended))
+        latest: Rows = []
+        for block, seen in zip(model.layers[start:stop], rows, strict=True):
+            assert isinstance(block.operator, ShortConv)
+            mixed, remembered = block.operator.step(block.operator_norm(x), seen)
+            latest.append(remembered)
+            x = block.feed(x + mixed)
+        if last is None:
+            return model.head(model.embedding_norm(x))[:, 0], latest
+        block = model.layers[last]
+        assert isinstance(block.operator, Attention)
+        return x, *block.operator.project(block.operator_norm(x), offsets), latest
+
+    return run

@@ -1,0 +1,7 @@
+"""Text to token ids and back: the tokenizer, its streaming detokenizer and the chat template."""
+
+from lfm_mlx.tokenizer.detokenizer import StreamingDetokenizer
+from lfm_mlx.tokenizer.template import ChatTemplate, opens_reasoning
+from lfm_mlx.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["ChatTemplate", "StreamingDetokenizer", "Tokenizer", "load_tokenizer", "opens_reasoning"]
