@@ -1,0 +1,9 @@
+"""Claims about the package itself."""
+
+import lfm_mlx.sampling
+
+
+def test_all_names_exist_and_are_sorted():
+    names = lfm_mlx.sampling.__all__
+    assert list(names) == sorted(names)
+    assert all(hasattr(lfm_mlx.sampling, name) for name in names)
