@@ -41,7 +41,6 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """The rest of the text: U+FFFD for a character that was never completed, else "". Then a new text begins."""
         rest = _mark_broken_bytes(self._utf8.decode(b"", final=True))
-        self._utf8.reset()
         self._at_start = True
         return rest
 
