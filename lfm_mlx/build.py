@@ -148,7 +148,7 @@ class _Builder:
         keys = mx.broadcast_to(key_norm, (config.num_kv_heads, width))
         return Attention(
             qkv_proj=self.matrix(*(f"{prefix}.{which}_proj.weight" for which in "qkv")),
-            qk_norm=mx.concatenate([queries, keys])[:, None],
+            qk_norm=mx.concatenate([queries, keys]),
             out_proj=self.matrix(f"{prefix}.out_proj.weight"),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,

@@ -8,10 +8,13 @@ https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
@@ -21,7 +24,9 @@ from lfm_mlx.names import Part, Shape, expected_tensors, is_matrix, parts_of
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U64": 8, "I64": 8, "U32": 4, "I32": 4, "U8": 1, "I8": 1}
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_AXES = 8
 _MAX_LISTED = 20
 
 
@@ -120,7 +125,7 @@ class Checkpoint:
 def _open_file(file: Path) -> dict[str, mx.array]:
     try:
         loaded = mx.load(str(file))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError) as error:  # what MLX's C++ exceptions become
         raise CheckpointError(f"{file}: cannot be read ({error}); fetch the file again") from error
     assert isinstance(loaded, dict)
     return loaded
@@ -132,13 +137,16 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return tuple(folder / name for name in sorted(set(weight_map.values())))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            files = [Path(name) for name in sorted(set(weight_map.values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index}: no usable weight_map ({error}); fetch the checkpoint again") from error
+        if outside := [str(file) for file in files if file.is_absolute() or ".." in file.parts]:
+            raise CheckpointError(f"{index}: weight_map names {outside[0]!r}, expected files of this folder")
+        return tuple(folder / file for file in files)
     for pattern in ("model*.safetensors", "weights*.safetensors"):
         if files := tuple(sorted(folder.glob(pattern))):
             return files
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
     raise CheckpointError(
         f"{folder}: no weights, found {found}; expected model.safetensors, or shards with {_INDEX}; "
         "name the folder that holds them (a repo may keep precisions in subfolders)"
@@ -148,7 +156,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 def _read_headers(folder: Path, files: Iterable[Path], problems: list[str]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             problems.append(f"{file.name}: not found, but {_INDEX} names it; fetch it again")
             continue
         try:
@@ -179,36 +187,50 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is not safetensors, or is truncated.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"{file}: {size:,} bytes that do not start with a safetensors header; the file is truncated or is "
-                "something else (a Git LFS pointer?); fetch it again"
-            )
-        header_bytes = stream.read(length)
     try:
-        header = json.loads(header_bytes)
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            return _parse_header(file, size, stream)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); check the file's permissions") from error
+
+
+def _parse_header(file: Path, size: int, stream: BinaryIO) -> dict[str, TensorInfo]:
+    start = stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{file}: {size:,} bytes that do not start with a safetensors header; the file is truncated or is "
+            "something else (a Git LFS pointer?); fetch it again"
+        )
+    header_bytes = stream.read(length)
+    try:
+        header = json.loads(header_bytes, parse_constant=_refuse_constant)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = {name: entry["data_offsets"] for name, entry in entries.items()}
-        needed = 8 + length + max((end for _, end in ends.values()), default=0)
-        tensors = {
-            name: TensorInfo(
-                name=name,
-                file=file,
-                dtype=str(entry["dtype"]),
-                shape=tuple(int(n) for n in entry["shape"]),
-                num_bytes=ends[name][1] - ends[name][0],
-            )
-            for name, entry in entries.items()
-        }
+        tensors = {name: _tensor_info(name, entry, file) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged safetensors header ({error}); fetch the file again") from error
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < needed:
         raise CheckpointError(f"{file}: {size:,} bytes, expected {needed:,}; the file is truncated, fetch it again")
     return tensors
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _tensor_info(name: str, entry: Mapping[str, Any], file: Path) -> TensorInfo:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MAX_AXES:
+        raise ValueError(f"{name} has dtype {dtype!r:.40} and shape {shape!r:.80}")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end]):
+        raise ValueError(f"{name} has shape {shape!r:.80} and data from {begin!r:.40} to {end!r:.40}")
+    num_bytes = end - begin
+    needed = math.prod(shape) * _ITEM_BYTES.get(dtype, 0)
+    if num_bytes < 0 or (dtype in _ITEM_BYTES and num_bytes != needed):
+        raise ValueError(f"{name} has {num_bytes:,} bytes of data, expected {needed:,} for {dtype} {tuple(shape)}")
+    return TensorInfo(name=name, file=file, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes)
 
 
 def _group_sources(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, list[Source]]:
@@ -278,17 +300,25 @@ def _check_quantized(path: str, shape: Shape, sources: Mapping[str, list[Source]
     stored = config.quantization.of(path)
     if stored is None:
         return [f"{path}.scales is stored, but config.json's quantization says false for it"]
+    if shape[-1] % stored.group_size:
+        return [f"{path} has rows of {shape[-1]} values, expected a multiple of group_size {stored.group_size}"]
     problems = []
     for name, expected in _quantized_shapes(path, shape, stored).items():
         found = sources.get(name)
         if not found:
             problems.append(f"{name} is missing, expected {expected}")
-        elif found[0].info.shape != expected:
-            info = found[0].info
+            continue
+        info = found[0].info
+        allowed = _quantized_dtypes(name, stored)
+        if len(found) > 1:
+            problems.append(f"{name}: stored {len(found)} times, as {', '.join(s.info.name for s in found)}")
+        elif info.shape != expected:
             problems.append(
                 f"{info.file.name}: {info.name} is {info.shape}, expected {expected} "
                 f"({stored.bits} bits in groups of {stored.group_size}, {stored.mode})"
             )
+        elif info.dtype not in allowed:
+            problems.append(f"{info.file.name}: {info.name} is {info.dtype}, expected {' or '.join(allowed)}")
     if stored.mode != "affine" and f"{path}.biases" in sources:
         problems.append(f"{path}.biases is stored, but mode {stored.mode} has none")
     return problems
@@ -301,6 +331,12 @@ def _quantized_shapes(path: str, shape: Shape, stored: Quantization) -> dict[str
     if stored.mode == "affine":
         shapes[f"{path}.biases"] = groups
     return shapes
+
+
+def _quantized_dtypes(name: str, stored: Quantization) -> tuple[str, ...]:
+    if name.endswith(".weight"):
+        return ("U32",)
+    return _FLOATS if stored.mode == "affine" else ("U8",)
 
 
 def _with_quantized(name: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,12 @@ from lfm_mlx.errors import CheckpointError, ConfigError
 LayerType = Literal["conv", "full_attention"]
 
 MODEL_TYPES = ("lfm2", "lfm2_moe")
+
+_LARGEST = 2**31 - 1
+"""MLX counts the elements of an axis in 32 bits."""
+
+_MAX_COUNT = 65_536
+"""Most layers or experts that are believed: lists of that length are made before any file is read."""
 
 GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "nvfp4": (16,), "mxfp8": (32,)}
 """Group sizes that MLX offers in each quantisation mode."""
@@ -35,7 +42,7 @@ class Quantization:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        if self.mode not in BITS:
+        if self.mode not in tuple(BITS):  # a tuple also answers for a value that cannot be hashed
             raise ConfigError(f"quantization mode is {self.mode!r}, expected one of {', '.join(BITS)}")
         if self.bits not in BITS[self.mode]:
             raise ConfigError(
@@ -153,7 +160,7 @@ class ModelConfig:
             max_context=keys.integer("max_position_embeddings", default=128_000),
             tie_embeddings=keys.boolean("tie_embedding", "tie_word_embeddings", default=True),
             num_dense_layers=min(num_dense, len(layer_types)),
-            num_experts=keys.integer("num_experts") if is_moe else 0,
+            num_experts=keys.integer("num_experts", maximum=_MAX_COUNT) if is_moe else 0,
             num_active_experts=keys.integer("num_experts_per_tok") if is_moe else 0,
             expert_ffn_size=keys.integer("moe_intermediate_size") if is_moe else 0,
             use_expert_bias=is_moe and keys.boolean("use_expert_bias", default=True),
@@ -200,7 +207,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(
@@ -222,21 +229,21 @@ class _Keys:
                 return name, self.raw[name]
         return names[0], None
 
-    def integer(self, *names: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, *names: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
         name, value = self.first(*names)
         if value is None and default is not None:
             return default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"{name} is {_shown(value)}, expected a whole number of at least {minimum}")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise ConfigError(f"{name} is {_shown(value)}, expected a whole number from {minimum} to {maximum}")
         return value
 
     def number(self, *names: str, default: float) -> float:
         name, value = self.first(*names)
         if value is None:
             return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{name} is {_shown(value)}, expected a number above 0")
         return float(value)
 
@@ -272,13 +279,13 @@ def _check_model_type(raw: Mapping[str, Any]) -> str:
             f"model_type is {model_type!r}, a vision-language model, expected {expected}; "
             "use the text checkpoint of the same size"
         )
-    close = difflib.get_close_matches(str(model_type), MODEL_TYPES, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(_shown(model_type).strip("'"), MODEL_TYPES, n=1, cutoff=0.75)
     hint = f" (nearest known: {close[0]})" if close else ""
     raise ConfigError(f"model_type is {_shown(model_type)}, which is not supported, expected {expected}{hint}")
 
 
 def _layer_types(keys: _Keys, is_moe: bool) -> tuple[LayerType, ...]:
-    count = keys.integer("num_hidden_layers", "num_layers")
+    count = keys.integer("num_hidden_layers", "num_layers", maximum=_MAX_COUNT)
     listed, indices = keys.raw.get("layer_types"), keys.raw.get("full_attn_idxs")
     if listed is None and indices is None:
         if is_moe:
@@ -312,19 +319,23 @@ def _types_from_indices(indices: object, count: int) -> tuple[LayerType, ...]:
 
 def _dense_ffn_size(keys: _Keys) -> int:
     """The feed-forward width of a dense model, by the rule of transformers' ``Lfm2MLP``."""
-    size = keys.integer("block_ff_dim", "intermediate_size")
     if not keys.boolean("block_auto_adjust_ff_dim", default=True):
-        return size
-    size = int(2 * size / 3)
+        return keys.integer("block_ff_dim", "intermediate_size")
+    size = int(2 * keys.integer("block_ff_dim", "intermediate_size", minimum=2) / 3)
     if "block_ffn_dim_multiplier" in keys.raw and keys.raw["block_ffn_dim_multiplier"] is None:
         return size
-    size = int(keys.number("block_ffn_dim_multiplier", default=1.0) * size)
+    multiplier = keys.number("block_ffn_dim_multiplier", default=1.0)
+    if not 1 <= multiplier * size <= _LARGEST:
+        raise ConfigError(
+            f"block_ffn_dim_multiplier is {multiplier}, expected one that gives a possible width of {size}"
+        )
+    size = int(multiplier * size)
     multiple = keys.integer("block_multiple_of", default=256)
     return multiple * ((size + multiple - 1) // multiple)
 
 
 def _rope_theta(keys: _Keys) -> float:
-    parameters = keys.raw.get("rope_parameters") or keys.raw.get("rope_scaling")
+    _, parameters = keys.first("rope_parameters", "rope_scaling")
     if parameters is None:
         return keys.number("rope_theta", "theta", default=1_000_000.0)
     if not isinstance(parameters, Mapping):
@@ -408,5 +419,8 @@ def _check_sizes(config: ModelConfig, keys: _Keys) -> None:
 
 
 def _shown(value: object) -> str:
-    text = "missing" if value is None else repr(value)
+    try:
+        text = "missing" if value is None else repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else text[:77] + "..."

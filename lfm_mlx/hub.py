@@ -290,7 +290,10 @@ def _explain_status(error: Exception, repo: _Repo, hub: str) -> str:
             f"read; check the spelling; if it is private or gated, accept its licence at {page} and {_TOKEN}"
         )
     if status in (401, 403):
-        return f"access refused (HTTP {status}); expected a token that may read it; look at {page}, then {_TOKEN}"
+        return (
+            f"access refused (HTTP {status}); expected a token that may read it; check the spelling, look at {page}, "
+            f"then {_TOKEN}"
+        )
     if status == 429:
         return f"too many requests (HTTP {status}); expected fewer; wait some minutes, or {_TOKEN} for a higher limit"
     return f"{hub} answered HTTP {status}; expected the repo's files; {_LATER}"

@@ -19,10 +19,10 @@ FINAL_NORM = "model.embedding_norm.weight"
 HEAD = "lm_head.weight"
 
 _HF_MATRICES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_EXPERT = re.compile(r"(model\.layers\.\d+\.feed_forward)\.experts\.(\d+)\.(w1|w2|w3)\.weight")
+_EXPERT = re.compile(r"(model\.layers\.\d+\.feed_forward)\.experts\.(\d{1,9})\.(w1|w2|w3)\.weight")
 _DENSE = re.compile(r"(model\.layers\.\d+\.feed_forward)\.(w1|w2|w3)\.weight")
 _FUSED = re.compile(r"(model\.layers\.\d+\.feed_forward)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ values and attending stay outside, so no trace depends on the length of the cont
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ import mlx.core as mx
 
 from lfm_mlx.cache import ConvState, KVCache, State
 from lfm_mlx.errors import OptionError
+from lfm_mlx.kernels import is_compiling
 from lfm_mlx.model import Attention, Model, ShortConv
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.sampling.sampler import State as SamplerState
@@ -26,19 +26,6 @@ Rows = list[tuple[mx.array, ...]]
 """Remembered rows of the convolutions of one segment, layer by layer."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-COMPILE_VARIABLE = "LFM_MLX_COMPILE"
-
-
-def is_compiling() -> bool:
-    """Whether steps are compiled: on GPUs, unless the environment variable LFM_MLX_COMPILE says "on" or "off".
-
-    On the CPU it is off by itself: there `mx.compile` calls g++, which takes a second a function and may be absent.
-    """
-    wish = os.environ.get(COMPILE_VARIABLE, "auto")
-    if wish not in ("auto", "on", "off"):
-        raise OptionError(f"{COMPILE_VARIABLE} is {wish!r}, expected auto, on or off")
-    return wish == "on" or (wish == "auto" and mx.default_device().type != mx.cpu)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class KVCache:
         self.write(keys, values, span)
         seen = slice(0, span.end)
         return mx.fast.scaled_dot_product_attention(
-            queries, self.keys[:, :, seen], self.values[:, :, seen], scale=scale, mask=span.mask()
+            queries, self.keys[:, :, seen], self.values[:, :, seen], scale=scale, mask=span.mask
         )
 
     def write(self, keys: mx.array, values: mx.array, span: Span) -> None:
@@ -73,7 +73,7 @@ class KVCache:
             self.keys[:, :, start:end] = keys
             self.values[:, :, start:end] = values
         else:
-            columns = mx.broadcast_to(span.columns()[:, None, :, None], keys.shape)
+            columns = mx.broadcast_to(span.columns[:, None, :, None], keys.shape)
             self.keys = mx.put_along_axis(self.keys, columns, keys, axis=2)
             self.values = mx.put_along_axis(self.values, columns, values, axis=2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -62,12 +63,14 @@ class Span:
         """Length of each row after this call."""
         return tuple(start + count for start, count in zip(self.starts, self.counts, strict=True))
 
+    @cached_property
     def columns(self) -> mx.array:
         """Positions of the new tokens, int32 ``(B, L)``, or ``(1, L)`` when all rows start alike."""
         return self.offsets.reshape(-1, 1) + mx.arange(self.num_tokens, dtype=mx.int32)
 
+    @cached_property
     def mask(self) -> mx.array | str | None:
         """What attention may see: None for everything, "causal" for even rows, else bool ``(B, 1, L, S)``."""
         if self.is_even:
             return None if self.num_tokens == 1 else "causal"
-        return (mx.arange(self.end, dtype=mx.int32) <= self.columns()[..., None])[:, None]
+        return (mx.arange(self.end, dtype=mx.int32) <= self.columns[..., None])[:, None]

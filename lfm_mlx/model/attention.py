@@ -14,7 +14,7 @@ class Attention(Module):
 
     Args:
         qkv_proj: ``((H + 2 G) P, D)``: queries, keys, values.
-        qk_norm: ``(H + G, 1, P)``: the query norm's weight for the H query heads, then the key norm's for the G.
+        qk_norm: ``(H + G, P)``: the query norm's weight for the H query heads, then the key norm's for the G.
         out_proj: ``(D, H P)``.
         num_heads: H.
         num_kv_heads: G.
@@ -51,18 +51,18 @@ class Attention(Module):
         queries, keys, values = self.project(x, span.offsets)
         if cache is not None:
             return self.merge(cache.attend(queries, keys, values, span, self.scale))
-        return self.merge(
-            mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=span.mask())
-        )
+        return self.merge(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=span.mask))
 
     def project(self, x: mx.array, offsets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries ``(B, H, L, P)``, keys and values ``(B, G, L, P)`` of `x`, rotated by the positions."""
         B, L, _ = x.shape
         H, G, P = self.num_heads, self.num_kv_heads, self.head_dim
-        heads = self.qkv_proj(x).reshape(B, L, H + 2 * G, P).transpose(0, 2, 1, 3)  # (B, H + 2 G, L, P)
-        queries_keys = mx.fast.rms_norm(heads[:, : H + G], None, self.eps) * self.qk_norm
+        heads = self.qkv_proj(x).reshape(B, L, H + 2 * G, P)
+        # Values are normalised too and dropped: the norm then reads whole rows and needs no copy of a slice.
+        normed = mx.fast.rms_norm(heads, None, self.eps)
+        queries_keys = (normed[:, :, : H + G] * self.qk_norm).transpose(0, 2, 1, 3)  # (B, H + G, L, P)
         rotated = mx.fast.rope(queries_keys, P, traditional=False, base=self.rope_theta, scale=1.0, offset=offsets)
-        return rotated[:, :H], rotated[:, H:], heads[:, H + G :]
+        return rotated[:, :H], rotated[:, H:], heads[:, :, H + G :].transpose(0, 2, 1, 3)
 
     def merge(self, attended: mx.array) -> mx.array:
         """Bring heads ``(B, H, L, P)`` together and project: ``(B, L, D)``."""

@@ -38,4 +38,4 @@ class Block(Module):
 
     def feed(self, x: mx.array) -> mx.array:
         """The feed-forward half: ``(B, L, D)`` to ``(B, L, D)``."""
-        return x + self.feed_forward(self.ffn_norm(x))
+        return self.feed_forward(self.ffn_norm(x), x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from lfm_mlx.kernels import silu_multiply
 from lfm_mlx.model.linear import AnyLinear
 
 
@@ -16,12 +17,7 @@ class MLP(Module):
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map ``(B, L, D)`` to ``(B, L, D)``."""
-        return self.down_proj(gate_up(self.gate_up_proj(x)))
-
-
-def gate_up(x: mx.array) -> mx.array:
-    """``silu(gate) * up`` of ``(..., 2 F)``, gate first: ``(..., F)``."""
-    gate, up = mx.split(x, 2, axis=-1)
-    return gate * mx.sigmoid(gate) * up
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Map ``(B, L, D)`` and add it to `residual` ``(B, L, D)``."""
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return residual + self.down_proj(silu_multiply(gate, up))

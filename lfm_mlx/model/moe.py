@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from lfm_mlx.kernels import combine_experts, rank_experts, silu_multiply
 from lfm_mlx.model.linear import AnyExpertLinear, AnyLinear
-from lfm_mlx.model.mlp import gate_up
 
 SORTED_FROM_TOKENS = 32
 """From this many tokens a call, tokens are sorted by expert: below, each (token, expert) pair is a matvec anyway."""
@@ -47,33 +47,39 @@ class MoE(Module):
         self.scaling_factor = scaling_factor
         self._rows: dict[int, tuple[mx.array, mx.array]] = {}
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map ``(B, L, D)`` to ``(B, L, D)``."""
-        tokens = x.reshape(-1, x.shape[-1])  # (T, D)
-        experts, weights = self.route(tokens)
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Map ``(B, L, D)`` and add it to `residual` ``(B, L, D)``."""
+        D = x.shape[-1]
+        tokens = x.reshape(-1, D)  # (T, D)
+        experts, logits = self.route(tokens)
         dispatch = self._sorted if tokens.shape[0] >= SORTED_FROM_TOKENS else self._paired
         outputs = dispatch(tokens, experts)  # (T, A, D)
-        return (weights[:, None] @ outputs).reshape(x.shape)
+        combined = combine_experts(
+            residual.reshape(-1, D),
+            [outputs[:, i] for i in range(self.num_active)],
+            [logits[:, i : i + 1] for i in range(self.num_active)],
+            self.scaling_factor,
+            self.normalize_weights,
+        )
+        return combined.reshape(residual.shape)
 
     def route(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """Choose experts for tokens ``(T, D)``.
 
         Returns:
-            Expert ids, uint32 ``(T, A)`` in no particular order, and their weights ``(T, A)`` in the tokens' dtype.
+            Expert ids, uint32 ``(T, A)`` in no particular order, and the router's logits for them ``(T, A)``: an
+            expert's weight is the sigmoid of its logit, and the bias has no part in it.
         """
-        scores = mx.sigmoid(self.gate(tokens))
-        ranked = scores.astype(mx.float32) + self.expert_bias if "expert_bias" in self else scores
+        logits = self.gate(tokens)
+        ranked = rank_experts(logits, self.expert_bias if "expert_bias" in self else None)
         experts = mx.argpartition(ranked, kth=-self.num_active, axis=-1)[:, -self.num_active :]
-        weights = mx.take_along_axis(scores, experts, axis=-1)
-        if self.normalize_weights:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-6)
-        return experts, (weights * self.scaling_factor).astype(tokens.dtype)
+        return experts, mx.take_along_axis(logits, experts, axis=-1)
 
     def _paired(self, tokens: mx.array, experts: mx.array) -> mx.array:
         """Experts' outputs ``(T, A, D)``, one matvec a (token, expert) pair."""
         T, A = experts.shape
         once, paired = self._row_indices(T)
-        hidden = gate_up(self.gate_up_proj(tokens[:, None], experts, once))  # (T, A, 1, F)
+        hidden = self._gated(self.gate_up_proj(tokens[:, None], experts, once))  # (T, A, 1, F)
         outputs = self.down_proj(hidden.reshape(T * A, 1, -1), experts, paired)
         return outputs.squeeze(-2)
 
@@ -83,9 +89,13 @@ class MoE(Module):
         chosen = experts.flatten()
         order = mx.argsort(chosen)
         chosen = chosen[order]
-        hidden = gate_up(self.gate_up_proj(tokens[order // A][:, None], chosen, is_sorted=True))  # (T A, 1, F)
+        hidden = self._gated(self.gate_up_proj(tokens[order // A][:, None], chosen, is_sorted=True))  # (T A, 1, F)
         outputs = self.down_proj(hidden, chosen, is_sorted=True)
         return outputs.squeeze(-2)[mx.argsort(order)].reshape(T, A, -1)
+
+    def _gated(self, gate_up: mx.array) -> mx.array:
+        gate, up = mx.split(gate_up, 2, axis=-1)
+        return silu_multiply(gate, up)
 
     def _row_indices(self, num_tokens: int) -> tuple[mx.array, mx.array]:
         """Which row of its input each pair reads, uint32 ``(T, A)``: each token A times, or each pair's own row.

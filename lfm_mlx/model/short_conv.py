@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.cache import ConvState, Span
+from lfm_mlx.kernels import gated_conv
 from lfm_mlx.model.linear import AnyLinear
 
 
@@ -25,6 +26,8 @@ class ShortConv(Module):
         super().__init__()
         self.in_proj = in_proj
         self.taps = taps
+        self._tap_rows = [mx.contiguous(tap) for tap in taps]
+        mx.eval(self._tap_rows)
         if bias is not None:
             self.bias = bias
         self.out_proj = out_proj
@@ -37,7 +40,7 @@ class ShortConv(Module):
         num_rows = self.taps.shape[0] - 1
         seen = state.extend(gated, span) if state is not None else mx.pad(gated, [(0, 0), (num_rows, 0), (0, 0)])
         windows = [seen[:, i : i + num_tokens] for i in range(num_rows + 1)]
-        return self.out_proj(gate_out * self.convolve(windows))
+        return self.out_proj(self._convolve(gate_out, windows))
 
     def step(self, x: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, tuple[mx.array, ...]]:
         """One token a row, as a pure function of the remembered rows.
@@ -51,15 +54,8 @@ class ShortConv(Module):
         """
         gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
         gated = gate_in * value
-        y = gate_out * self.convolve([*rows, gated])
-        return self.out_proj(y), (*rows[1:], gated)
+        return self.out_proj(self._convolve(gate_out, [*rows, gated])), (*rows[1:], gated)
 
-    def convolve(self, windows: Sequence[mx.array]) -> mx.array:
-        """Multiply each window ``(B, L, D)`` by its tap and add, in float32; the windows' dtype comes out."""
-        # Elementwise rather than conv1d: it fuses with the gates, and one kernel serves prefill and decode.
-        total = windows[0].astype(mx.float32) * self.taps[0]
-        for window, tap in zip(windows[1:], self.taps[1:], strict=True):
-            total = total + window.astype(mx.float32) * tap
-        if "bias" in self:
-            total = total + self.bias
-        return total.astype(windows[0].dtype)
+    def _convolve(self, gate: mx.array, windows: Sequence[mx.array]) -> mx.array:
+        # Elementwise rather than conv1d: it fuses with the gate, and one kernel serves prefill and decode.
+        return gated_conv(gate, windows, self._tap_rows, self.bias if "bias" in self else None)
