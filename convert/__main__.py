@@ -1,0 +1,149 @@
+"""``python -m lfm_mlx.convert --model SRC --out DST``: the converter's command line."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from lfm_mlx.errors import OptionError
+from lfm_mlx.hub import fetch
+from lfm_mlx.terminal import format_bytes, run
+
+from .conversion import ConversionResult, Progress, convert
+from .quantize import DTYPES
+from .recipes import RECIPES, UNQUANTIZED, Recipe, recipe_named, uniform_recipe
+
+
+@click.command(name="convert", context_settings={"max_content_width": 110})
+@click.option("--model", required=True, metavar="SRC", help="Folder or repo id of the checkpoint.")
+@click.option("--out", required=True, metavar="DST", help="Folder to make.")
+@click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6 or 8 in mode affine.  [default: 4]")
+@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 64]")
+@click.option("--mode", help="affine, mxfp4, nvfp4 or mxfp8.  [default: affine]")
+@click.option("--recipe", metavar="NAME", help=f"Instead of the three above: {', '.join(RECIPES)}.")
+@click.option("--no-quantize", is_flag=True, help="Keep full precision; only names and layout change.")
+@click.option("--dtype", help=f"Type of what stays unquantised: {', '.join(DTYPES)}.  [default: the source's]")
+@click.option("--revision", help="Branch, tag or commit of the repo.")
+@click.option("--subfolder", help="Folder in the repo that holds the checkpoint.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--force", is_flag=True, help="Replace DST if it is a model folder already.")
+@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+def command(
+    model: str,
+    out: str,
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    recipe: str | None,
+    no_quantize: bool,
+    dtype: str | None,
+    revision: str | None,
+    subfolder: str | None,
+    offline: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Convert an LFM2 or LFM2.5 checkpoint for MLX; 4-bit weights in groups of 64 unless told otherwise.
+
+    Expert routers keep 8 bits; expert biases, norms and convolution taps are never quantised. DST appears when it is
+    complete, and mlx-lm loads it too.
+    """
+    chosen = _recipe(bits, group_size, mode, recipe, no_quantize)
+    source = fetch(model, revision=revision, subfolder=subfolder, offline=offline)
+    with _ended_by_signals(), _progress_bar(is_shown=not quiet) as progress:
+        result = convert(source, out, recipe=chosen, dtype=dtype, force=force, progress=progress)
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
+    if not quiet:
+        click.echo(_summary(result))
+
+
+def _recipe(bits: int | None, group_size: int | None, mode: str | None, name: str | None, no_quantize: bool) -> Recipe:
+    """The recipe that the flags describe; flags that contradict each other are refused."""
+    detailed = {"--bits": bits, "--group-size": group_size, "--mode": mode}
+    given = [flag for flag, value in detailed.items() if value is not None]
+    given += ["--recipe"] if name is not None else []
+    given += ["--no-quantize"] if no_quantize else []
+    if len(given) > 1 and (name is not None or no_quantize):
+        raise OptionError(f"{' and '.join(given)} exclude each other; keep one of them")
+    if no_quantize:
+        return UNQUANTIZED
+    if name is not None:
+        return recipe_named(name)
+    return uniform_recipe(bits=bits, group_size=group_size, mode="affine" if mode is None else mode)
+
+
+@contextlib.contextmanager
+def _progress_bar(*, is_shown: bool) -> Iterator[Progress | None]:
+    """A bar on standard error with bytes and time left; a log file gets one line instead."""
+    if not is_shown:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        show: Callable[[int], None] | None = None
+
+        def advance(done_bytes: int, total_bytes: int) -> None:
+            nonlocal show
+            show = show or _open_bar(stack, total_bytes)
+            show(done_bytes)
+
+        yield advance
+
+
+def _open_bar(stack: contextlib.ExitStack, total_bytes: int) -> Callable[[int], None]:
+    """Show an empty bar until `stack` closes; returns what moves it to a number of bytes."""
+    total = format_bytes(total_bytes)
+
+    def show_bytes(done_bytes: int | None) -> str:
+        return f"{format_bytes(done_bytes or 0)} of {total}"
+
+    bar = stack.enter_context(
+        click.progressbar(length=total_bytes, label="converting", file=sys.stderr, item_show_func=show_bytes, width=24)
+    )
+    return lambda done_bytes: bar.update(done_bytes - bar.pos, done_bytes)
+
+
+def _summary(result: ConversionResult) -> str:
+    shards = "1 shard" if result.num_shards == 1 else f"{result.num_shards} shards"
+    return (
+        f"{result.folder}: {format_bytes(result.source_bytes)} -> {format_bytes(result.num_bytes)} in {shards}, "
+        f"{result.bits_per_weight:.3f} bits per weight, {result.elapsed_s:.1f} s"
+    )
+
+
+class _SignalError(BaseException):
+    """The process was asked to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def _raise_signal(number: int, frame: FrameType | None) -> NoReturn:
+    raise _SignalError(number)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it began is removed; then the process ends."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]  # not under nohup
+    for number in numbers:
+        signal.signal(number, _raise_signal)
+    try:
+        yield
+    except _SignalError as error:
+        click.echo(f"stopped by {error}; nothing was written", err=True)
+        sys.exit(error.exit_code)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    run(command, "python -m lfm_mlx.convert")

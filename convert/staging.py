@@ -1,0 +1,159 @@
+"""A folder that appears complete or not at all: written beside its place, renamed at the end.
+
+While a conversion to ``OUT`` runs, its files are in ``.OUT.partial-xxxxxxxx`` in the same parent; a folder that is
+being replaced waits in ``.OUT.replaced-xxxxxxxx``. What a killed run left behind is tidied up by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lfm_mlx.errors import ConversionError
+
+
+def check_destination(source: Path, out: Path, *, force: bool) -> None:
+    """Refuse a destination that cannot be written or must not be replaced. Both paths are resolved already.
+
+    Raises:
+        ConversionError: `out` exists and `force` is off, is no checkpoint, or overlaps `source`.
+    """
+    if out == source:
+        raise ConversionError(f"{out}: source and destination are the same folder; name another destination")
+    if source in out.parents:
+        raise ConversionError(f"{out}: lies inside the source {source}; name a destination outside of it")
+    if out in source.parents:
+        raise ConversionError(f"{out}: contains the source {source}; name another destination")
+    existing = _nearest(out)
+    if not existing.is_dir():
+        raise ConversionError(f"{existing}: is a file, expected a folder or nothing; name another destination")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not force:
+        raise ConversionError(f"{out}: exists already; replace it with --force (force=True) or name another one")
+    if not (out / "config.json").is_file():
+        raise ConversionError(f"{out}: is not a model folder (no config.json), so it is not replaced; empty it first")
+
+
+def tidy(out: Path) -> list[str]:
+    """Remove what earlier, killed runs to `out` left beside it; put a replaced folder back if `out` is missing.
+
+    Returns:
+        One sentence for each thing done.
+
+    Raises:
+        ConversionError: another conversion to `out` is running.
+    """
+    if not out.parent.is_dir():
+        return []
+    notes = []
+    for partial in _beside(out, "partial"):
+        with _lock(partial) as is_ours:
+            if not is_ours:
+                raise ConversionError(f"{out}: another conversion is writing it ({partial}); wait for it to end")
+            shutil.rmtree(partial)
+        notes.append(f"removed {partial}, left by an interrupted conversion")
+    for replaced in _beside(out, "replaced"):
+        if out.exists():
+            shutil.rmtree(replaced)
+            notes.append(f"removed {replaced}, left by an interrupted conversion")
+        else:
+            replaced.rename(out)
+            notes.append(f"restored {out}, moved aside by an interrupted conversion")
+    return notes
+
+
+def check_space(out: Path, needed_bytes: int) -> None:
+    """Refuse to start when the disk below `out` has fewer than `needed_bytes` free.
+
+    Raises:
+        ConversionError: the disk is too full; the message says how many bytes are free and needed.
+    """
+    existing = _nearest(out.parent)
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise ConversionError(
+            f"{existing}: {free_bytes:,} bytes free, expected {needed_bytes:,} for {out.name}; "
+            "free some space or name a destination on another disk"
+        )
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """An empty folder that becomes `out` when the block ends well and is removed when it raises anything.
+
+    An `out` that exists is kept until the new one is complete, and put back if the exchange fails.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = _sibling(out, "partial")
+    partial.mkdir()
+    try:
+        with _lock(partial):
+            yield partial
+            sync(partial)
+            replaced = _exchange(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, out: Path) -> Path | None:
+    """Rename `new` to `out`; returns where the former `out` is now, if there was one."""
+    replaced = _sibling(out, "replaced") if out.exists() else None
+    try:
+        if replaced is not None:
+            out.rename(replaced)
+        new.rename(out)
+    except BaseException:
+        if replaced is not None and replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise
+    sync(out.parent)
+    return replaced
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock on `folder` while it is written; False when another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # a file system without locks: two runs at once are then the user's to avoid
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _nearest(path: Path) -> Path:
+    """`path` or the closest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _sibling(out: Path, purpose: str) -> Path:
+    return out.parent / f".{out.name}.{purpose}-{secrets.token_hex(4)}"
+
+
+def _beside(out: Path, purpose: str) -> list[Path]:
+    prefix = f".{out.name}.{purpose}-"
+    return sorted(path for path in out.parent.iterdir() if path.name.startswith(prefix) and path.is_dir())
