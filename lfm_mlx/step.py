@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from lfm_mlx.cache import ConvState, KVCache, State
+from lfm_mlx.cache import AttentionCache, ConvState, State
 from lfm_mlx.errors import OptionError
 from lfm_mlx.kernels import is_compiling
+from lfm_mlx.memory import MIN_CHUNK_TOKENS, prefill_chunk_tokens
 from lfm_mlx.model import Attention, Model, ShortConv
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.sampling.sampler import State as SamplerState
@@ -53,7 +54,7 @@ class Stepper:
         self._sampling_ends: dict[Any, Callable[..., Any]] = {}
 
     def prefill(
-        self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int = 2048
+        self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int | None = None
     ) -> mx.array:
         """Take prompts into `state`.
 
@@ -61,7 +62,7 @@ class Stepper:
             state: what the rows have seen before.
             tokens: int ``(B, L)``, shorter rows padded on the right.
             lengths: real tokens of each row, at least 1; None: all are.
-            chunk_size: tokens a row computed at once.
+            chunk_size: tokens a row computed at once; None fits them to a memory budget (`prefill_chunk_tokens`).
 
         Returns:
             Logits ``(B, V)`` of the last real token of each row, unevaluated; the state is evaluated.
@@ -71,12 +72,15 @@ class Stepper:
         return logits
 
     def prefill_chunks(
-        self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int = 2048
+        self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int | None = None
     ) -> Iterator[mx.array | None]:
         """`prefill` chunk by chunk: None after every chunk but the last, which yields the logits."""
         B, L = tokens.shape
         taken = list(lengths) if lengths is not None else [L] * B
+        if chunk_size is None:
+            chunk_size = max(prefill_chunk_tokens(self.model.config, self.model.dtype) // B, MIN_CHUNK_TOKENS)
         last_rows: list[mx.array | None] = [None] * B
+        state.reserve(max(n + count for n, count in zip(state.lengths, taken, strict=True)) + 1)
         for start in range(0, L, chunk_size):
             chunk = tokens[:, start : start + chunk_size]
             counts = [min(max(n - start, 0), chunk.shape[1]) for n in taken]
@@ -127,7 +131,7 @@ class Stepper:
             x, queries, keys, values, rows = self._segments[i](x, attended, span.offsets, self._rows(state, i))
             self._remember(state, i, rows)
             cache = state.layers[layer]
-            assert isinstance(cache, KVCache)
+            assert isinstance(cache, AttentionCache)
             attended = cache.attend(queries, keys, values, span, self.model.layers[layer].operator.scale)
         state.advance(span)
         return x, attended, span.offsets

@@ -1,8 +1,22 @@
 """What the layers remember between calls."""
 
+from lfm_mlx.cache.attention_cache import GROWTH_TOKENS, AttentionCache
 from lfm_mlx.cache.conv_state import ConvState
 from lfm_mlx.cache.kv_cache import KVCache
+from lfm_mlx.cache.quantized_kv_cache import KV_BITS, QuantizedKVCache, kv_group_size
 from lfm_mlx.cache.span import Span
 from lfm_mlx.cache.state import LayerState, Snapshot, State
 
-__all__ = ["ConvState", "KVCache", "LayerState", "Snapshot", "Span", "State"]
+__all__ = [
+    "GROWTH_TOKENS",
+    "KV_BITS",
+    "AttentionCache",
+    "ConvState",
+    "KVCache",
+    "LayerState",
+    "QuantizedKVCache",
+    "Snapshot",
+    "Span",
+    "State",
+    "kv_group_size",
+]

@@ -8,13 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from lfm_mlx.cache.attention_cache import AttentionCache
 from lfm_mlx.cache.conv_state import ConvState
 from lfm_mlx.cache.kv_cache import KVCache
+from lfm_mlx.cache.quantized_kv_cache import QuantizedKVCache
 from lfm_mlx.cache.span import Span
 from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import ContextLengthError, OptionError
 
-LayerState = ConvState | KVCache
+LayerState = ConvState | AttentionCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class State:
     """The state of a batch of rows, from `State.empty`; `begin` a call, run the layers, then `advance`.
 
     Attributes:
-        layers: one ConvState or KVCache a layer.
+        layers: one ConvState or AttentionCache a layer.
         lengths: tokens each row has seen.
     """
 
@@ -44,18 +46,30 @@ class State:
         self.max_context = max_context
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int = 1, *, dtype: mx.Dtype = mx.float32) -> State:
+    def empty(
+        cls, config: ModelConfig, batch_size: int = 1, *, dtype: mx.Dtype = mx.float32, kv_bits: int | None = None
+    ) -> State:
         """The state of `batch_size` rows that have seen nothing.
 
         Args:
             config: the model's.
             batch_size: number of rows, at least 1.
             dtype: dtype of keys, values and convolution rows: the model's activations'.
+            kv_bits: 8 or 4 to quantise keys and values; None keeps them as computed.
+
+        Raises:
+            OptionError: a batch size below 1, or `kv_bits` that this model cannot have.
         """
         if batch_size < 1:
             raise OptionError(f"batch_size is {batch_size}, expected at least 1")
+
+        def attention_cache() -> AttentionCache:
+            if kv_bits is None:
+                return KVCache.empty(batch_size, config.num_kv_heads, config.head_dim, dtype)
+            return QuantizedKVCache.empty(batch_size, config.num_kv_heads, config.head_dim, kv_bits)
+
         layers: list[LayerState] = [
-            KVCache.empty(batch_size, config.num_kv_heads, config.head_dim, dtype)
+            attention_cache()
             if kind == "full_attention"
             else ConvState.zeros(batch_size, config.conv_taps - 1, config.hidden_size, dtype)
             for kind in config.layer_types
@@ -98,13 +112,15 @@ class State:
     def reserve(self, num_tokens: int) -> None:
         """Make room for rows of `num_tokens` tokens in every attention layer."""
         for layer in self.layers:
-            if isinstance(layer, KVCache):
+            if isinstance(layer, AttentionCache):
                 layer.reserve(num_tokens)
 
     def snapshot(self) -> Snapshot:
         """A copy of the state as it is now."""
         longest = max(self.lengths)
-        layers = [layer.snapshot(longest) if isinstance(layer, KVCache) else layer.snapshot() for layer in self.layers]
+        layers = [
+            layer.snapshot(longest) if isinstance(layer, AttentionCache) else layer.snapshot() for layer in self.layers
+        ]
         return Snapshot(lengths=self.lengths, layers=tuple(layers))
 
     def restore(self, snapshot: Snapshot) -> None:

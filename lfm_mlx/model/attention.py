@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.cache import KVCache, Span
+from lfm_mlx.cache import AttentionCache, Span
 from lfm_mlx.model.linear import AnyLinear
 
 
@@ -46,7 +46,7 @@ class Attention(Module):
         self.eps = eps
         self.scale = head_dim**-0.5
 
-    def __call__(self, x: mx.array, cache: KVCache | None, span: Span) -> mx.array:
+    def __call__(self, x: mx.array, cache: AttentionCache | None, span: Span) -> mx.array:
         """Map ``(B, L, D)`` to ``(B, L, D)``; the cache, if any, takes the new keys and values."""
         queries, keys, values = self.project(x, span.offsets)
         if cache is not None:

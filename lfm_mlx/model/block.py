@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.cache import ConvState, KVCache, LayerState, Span
+from lfm_mlx.cache import AttentionCache, ConvState, LayerState, Span
 from lfm_mlx.model.attention import Attention
 from lfm_mlx.model.mlp import MLP
 from lfm_mlx.model.moe import MoE
@@ -29,7 +29,7 @@ class Block(Module):
         """Map ``(B, L, D)`` to ``(B, L, D)`` and move the layer's state on."""
         normed = self.operator_norm(x)
         if isinstance(self.operator, Attention):
-            assert state is None or isinstance(state, KVCache)
+            assert state is None or isinstance(state, AttentionCache)
             mixed = self.operator(normed, state, span)
         else:
             assert state is None or isinstance(state, ConvState)

@@ -95,9 +95,9 @@ class Model(Module):
         """Logits ``(..., V)`` of normalised hidden states ``(..., D)``."""
         return self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
 
-    def new_state(self, batch_size: int = 1) -> State:
-        """A state for `batch_size` rows that have seen nothing."""
-        return State.empty(self.config, batch_size, dtype=self.dtype)
+    def new_state(self, batch_size: int = 1, *, kv_bits: int | None = None) -> State:
+        """A state for `batch_size` rows that have seen nothing; `kv_bits` 8 or 4 quantises keys and values."""
+        return State.empty(self.config, batch_size, dtype=self.dtype, kv_bits=kv_bits)
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,175 @@
+"""How many bytes a model needs, known before anything is allocated.
+
+Weights are counted from the checkpoint's headers, caches from the context, transients from the widest layer of one
+prompt chunk. What does not fit is refused with the numbers instead of being found out by crashing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from lfm_mlx.cache import GROWTH_TOKENS, kv_group_size
+from lfm_mlx.config import ModelConfig
+from lfm_mlx.errors import MemoryPlanError
+from lfm_mlx.kernels import SCORE_BYTES
+
+CHUNK_BUDGET_BYTES = 256 << 20
+"""What the activations of one prompt chunk may take."""
+
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 2048
+
+LIVE_SCORE_ARRAYS = 4
+"""Arrays of the size of a chunk's scores that are alive at once: scores, mask, weights, and those being made."""
+
+SMALLEST_CONTEXT = 4096
+"""The context that has to fit for a model to be loaded at all, unless the caller names one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by what they are for, with the context and rows that they were computed for."""
+
+    context: int
+    batch_size: int
+    kv_bits: int | None
+    weight_bytes: int
+    kv_bytes: int
+    conv_bytes: int
+    transient_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything together, at its highest."""
+        return self.weight_bytes + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """What comes on top of loaded weights."""
+        return self.kv_bytes + self.conv_bytes + self.transient_bytes
+
+    def check(self, available_bytes: int, *, are_weights_loaded: bool) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises:
+            MemoryPlanError: with what is needed, what is free, and what would need less.
+        """
+        needed = self.state_bytes if are_weights_loaded else self.total_bytes
+        if needed <= available_bytes:
+            return
+        parts = [("weights", 0 if are_weights_loaded else self.weight_bytes), ("keys and values", self.kv_bytes)]
+        parts += [("working memory", self.transient_bytes + self.conv_bytes)]
+        listed = ", ".join(f"{name} {_gigabytes(count)}" for name, count in parts if count)
+        remedies = ["a shorter context (--max-context)"]
+        if self.kv_bits != 4:
+            remedies.append(f"--kv-bits {8 if self.kv_bits is None else 4}")
+        if not are_weights_loaded and self.weight_bytes > available_bytes // 2:
+            remedies.append("weights of fewer bits")
+        raise MemoryPlanError(
+            f"{self.batch_size} x {self.context:,} tokens need {_gigabytes(needed)} ({listed}), expected at most "
+            f"{_gigabytes(available_bytes)}, which is what is free; try {' or '.join(remedies)}"
+        )
+
+
+def plan_memory(
+    config: ModelConfig,
+    *,
+    weight_bytes: int,
+    context: int,
+    batch_size: int = 1,
+    kv_bits: int | None = None,
+    dtype: mx.Dtype = mx.bfloat16,
+    chunk_tokens: int | None = None,
+) -> MemoryPlan:
+    """Compute what running a model takes.
+
+    Args:
+        config: the model's.
+        weight_bytes: bytes of all weights in memory.
+        context: tokens a row holds at most.
+        batch_size: rows.
+        kv_bits: 8 or 4 for quantised keys and values.
+        dtype: of the activations.
+        chunk_tokens: tokens a row of one prompt chunk; None takes `prefill_chunk_tokens`.
+    """
+    chunk = min(chunk_tokens or prefill_chunk_tokens(config, dtype), context)
+    capacity = -(-context // GROWTH_TOKENS) * GROWTH_TOKENS
+    layer_bytes = batch_size * capacity * kv_bytes_per_token(config, kv_bits, dtype)
+    num_attention = len(config.attention_layers)
+    num_conv = config.num_layers - num_attention
+    return MemoryPlan(
+        context=context,
+        batch_size=batch_size,
+        kv_bits=kv_bits,
+        weight_bytes=weight_bytes,
+        kv_bytes=num_attention * layer_bytes,
+        conv_bytes=num_conv * batch_size * (config.conv_taps - 1) * config.hidden_size * dtype.size,
+        # A growing cache exists twice, layer by layer; the layer's scores are computed when it has grown.
+        transient_bytes=layer_bytes * bool(num_attention)
+        + batch_size * chunk * activation_bytes_per_token(config, dtype)
+        + batch_size * config.vocab_size * 4 * 3
+        + LIVE_SCORE_ARRAYS * SCORE_BYTES * bool(num_attention),
+    )
+
+
+def largest_context(
+    config: ModelConfig, available_bytes: int, *, kv_bits: int | None = None, dtype: mx.Dtype = mx.bfloat16
+) -> int:
+    """The longest context of one row that fits into `available_bytes` beside loaded weights; 0 if none does."""
+    low, high = 0, config.max_context
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = plan_memory(config, weight_bytes=0, context=middle, kv_bits=kv_bits, dtype=dtype)
+        low, high = (middle, high) if plan.state_bytes <= available_bytes else (low, middle - 1)
+    return low
+
+
+def kv_bytes_per_token(config: ModelConfig, kv_bits: int | None, dtype: mx.Dtype) -> int:
+    """Bytes that one token leaves in one attention layer."""
+    width = config.head_dim
+    if kv_bits is None:
+        return 2 * config.num_kv_heads * width * dtype.size
+    groups = width // kv_group_size(width, kv_bits)
+    return 2 * config.num_kv_heads * (width * kv_bits // 8 + groups * 8)
+
+
+def activation_bytes_per_token(config: ModelConfig, dtype: mx.Dtype) -> int:
+    """Bytes a token takes in the widest part of a layer, with the residual and the layer's input alive beside it."""
+    D = config.hidden_size
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    parts = [3 * D + 4 * D, 2 * heads + 2 * config.num_heads * config.head_dim, 3 * config.ffn_size]
+    if config.is_moe:
+        # Sorted copies of the input, gate and up, their product, outputs, and outputs put back in order.
+        parts.append(config.num_active_experts * (3 * D + 3 * config.expert_ffn_size))
+    return (max(parts) + 4 * D) * dtype.size
+
+
+def prefill_chunk_tokens(config: ModelConfig, dtype: mx.Dtype, budget_bytes: int = CHUNK_BUDGET_BYTES) -> int:
+    """Tokens a row to compute at once so that activations stay within the budget: a power of two, 64 to 2,048."""
+    fitting = budget_bytes // activation_bytes_per_token(config, dtype)
+    return max(MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, 1 << max(fitting.bit_length() - 1, 0)))
+
+
+def available_bytes() -> int:
+    """Bytes that may still be allocated: of the GPU's working set, or, where MLX uses the CPU, of main memory."""
+    info = mx.device_info()
+    working_set = info.get("max_recommended_working_set_size")
+    if isinstance(working_set, int) and mx.default_device().type != mx.cpu:
+        return max(working_set - mx.get_active_memory(), 0)
+    return _available_host_bytes() + mx.get_cache_memory()
+
+
+def _available_host_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
