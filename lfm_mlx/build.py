@@ -162,7 +162,7 @@ class _Builder:
         bias = f"{prefix}.conv.bias"
         return ShortConv(
             in_proj=self.matrix(f"{prefix}.in_proj.weight"),
-            taps=mx.contiguous(taps.squeeze(-1).T),
+            taps=[mx.contiguous(taps[:, i, 0]) for i in range(taps.shape[1])],
             bias=self.weights.tensor(bias).astype(mx.float32) if self.weights.has(bias) else None,
             out_proj=self.matrix(f"{prefix}.out_proj.weight"),
         )

@@ -81,7 +81,8 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Bytes of all stored tensors that are used."""
-        return sum(source.info.num_bytes for sources in self._sources.values() for source in sources)
+        infos = {source.info for sources in self._sources.values() for source in sources}
+        return sum(info.num_bytes for info in infos)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that have to be read to assemble our tensor `name`."""
@@ -137,12 +138,12 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [Path(name) for name in sorted(set(weight_map.values()))]
+            shards = [Path(name) for name in sorted(set(weight_map.values()))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index}: no usable weight_map ({error}); fetch the checkpoint again") from error
-        if outside := [str(file) for file in files if file.is_absolute() or ".." in file.parts]:
+        if outside := [str(file) for file in shards if file.is_absolute() or ".." in file.parts]:
             raise CheckpointError(f"{index}: weight_map names {outside[0]!r}, expected files of this folder")
-        return tuple(folder / file for file in files)
+        return tuple(folder / file for file in shards)
     for pattern in ("model*.safetensors", "weights*.safetensors"):
         if files := tuple(sorted(folder.glob(pattern))):
             return files

@@ -17,17 +17,17 @@ class ShortConv(Module):
 
     Args:
         in_proj: ``(3 D, D)``.
-        taps: float32 ``(W, D)``; the last tap multiplies the current token.
+        taps: W arrays ``(D,)``, float32; the last one multiplies the current token.
         bias: ``(D,)`` added to the convolution, or None.
         out_proj: ``(D, D)``.
     """
 
-    def __init__(self, in_proj: AnyLinear, taps: mx.array, bias: mx.array | None, out_proj: AnyLinear) -> None:
+    def __init__(
+        self, in_proj: AnyLinear, taps: Sequence[mx.array], bias: mx.array | None, out_proj: AnyLinear
+    ) -> None:
         super().__init__()
         self.in_proj = in_proj
-        self.taps = taps
-        self._tap_rows = [mx.contiguous(tap) for tap in taps]
-        mx.eval(self._tap_rows)
+        self.taps = list(taps)
         if bias is not None:
             self.bias = bias
         self.out_proj = out_proj
@@ -37,7 +37,7 @@ class ShortConv(Module):
         num_tokens = span.num_tokens
         gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
         gated = gate_in * value
-        num_rows = self.taps.shape[0] - 1
+        num_rows = len(self.taps) - 1
         seen = state.extend(gated, span) if state is not None else mx.pad(gated, [(0, 0), (num_rows, 0), (0, 0)])
         windows = [seen[:, i : i + num_tokens] for i in range(num_rows + 1)]
         return self.out_proj(self._convolve(gate_out, windows))
@@ -58,4 +58,4 @@ class ShortConv(Module):
 
     def _convolve(self, gate: mx.array, windows: Sequence[mx.array]) -> mx.array:
         # Elementwise rather than conv1d: it fuses with the gate, and one kernel serves prefill and decode.
-        return gated_conv(gate, windows, self._tap_rows, self.bias if "bias" in self else None)
+        return gated_conv(gate, windows, self.taps, self.bias if "bias" in self else None)

@@ -1,0 +1,94 @@
+"""The state of a batch: lengths, limits, and snapshots that own their memory."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from random_models import random_tokens, tiny_config
+
+from lfm_mlx.cache import ConvState, KVCache, State
+from lfm_mlx.config import ModelConfig
+from lfm_mlx.errors import ContextLengthError, OptionError
+
+CONFIG = ModelConfig.from_dict(tiny_config(max_position_embeddings=64))
+
+
+def test_a_state_has_one_layer_state_a_layer_of_the_right_kind_and_dtype():
+    state = State.empty(CONFIG, 3, dtype=mx.bfloat16)
+    assert [type(layer) for layer in state.layers] == [ConvState, KVCache, ConvState, KVCache]
+    assert state.lengths == (0, 0, 0)
+    assert {array.dtype for array in state.arrays} == {mx.bfloat16}
+    assert [array.shape for array in state.layers[0].arrays] == [(3, 1, 32)] * 2
+    assert state.layers[1].keys.shape == (3, 2, 0, 8)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_state_of_no_rows_is_refused(batch_size):
+    with pytest.raises(OptionError, match=f"batch_size is {batch_size}, expected at least 1"):
+        State.empty(CONFIG, batch_size)
+
+
+def test_lengths_count_real_tokens_and_a_call_beyond_the_context_is_refused_without_effect():
+    state = State.empty(CONFIG, 2)
+    state.advance(state.begin(10, [10, 4]))
+    assert state.lengths == (10, 4)
+    state.advance(state.begin(54, [54, 0]))
+    assert state.lengths == (64, 4)
+    with pytest.raises(ContextLengthError, match="a row would hold 65 tokens, expected at most 64"):
+        state.begin(1)
+    assert state.lengths == (64, 4)
+    state.keep([1])
+    assert state.begin(1).starts == (4,)
+
+
+def test_reserve_makes_room_in_every_attention_layer_and_nowhere_else():
+    state = State.empty(CONFIG)
+    conv_bytes = sum(layer.num_bytes for layer in state.layers if isinstance(layer, ConvState))
+    state.reserve(40)
+    assert [layer.capacity for layer in state.layers if isinstance(layer, KVCache)] == [256, 256]
+    assert state.num_bytes == conv_bytes + 2 * 2 * (2 * 256 * 8) * 4
+
+
+def test_a_snapshot_holds_the_used_columns_only_and_says_its_bytes(moe_model):
+    state = moe_model.new_state(2)
+    moe_model(random_tokens(2, 9), state, lengths=[9, 4])
+    snapshot = state.snapshot()
+    assert snapshot.lengths == (9, 4)
+    assert snapshot.num_bytes == 2 * (2 * 2 * 32 * 4) + 2 * (2 * 2 * 2 * 9 * 8 * 4)
+
+
+def test_a_snapshot_stays_bit_for_bit_the_same_whatever_the_state_does(moe_model):
+    state = moe_model.new_state()
+    moe_model(random_tokens(1, 30), state)
+    snapshot = state.snapshot()
+    before = [np.array(array) for layer in snapshot.layers for array in layer]
+    for _ in range(2):
+        for size in (1, 5, 1, 300):
+            moe_model(random_tokens(1, size, seed=size), state)
+        mx.eval(state.arrays)
+        state.restore(snapshot)
+        assert state.lengths == (30,)
+    for array, expected in zip((array for layer in snapshot.layers for array in layer), before, strict=True):
+        np.testing.assert_array_equal(np.array(array), expected)
+
+
+def test_control_a_state_that_went_on_holds_other_numbers(moe_model):
+    state = moe_model.new_state()
+    moe_model(random_tokens(1, 30), state)
+    before = [np.array(array) for array in state.layers[0].arrays]
+    moe_model(random_tokens(1, 5, seed=5), state)
+    assert all((np.array(a) != b).any() for a, b in zip(state.layers[0].arrays, before, strict=True))
+
+
+def test_rows_of_two_states_join_with_their_lengths(moe_model):
+    state, other = moe_model.new_state(), moe_model.new_state(2)
+    moe_model(random_tokens(1, 7), state)
+    moe_model(random_tokens(2, 5), other, lengths=[5, 2])
+    state.join(other)
+    assert state.lengths == (7, 5, 2)
+    assert state.batch_size == 3
+    assert {array.shape[0] for array in state.arrays} == {3}
+    state.keep([2, 0])
+    assert state.lengths == (2, 7)
+    assert {array.shape[0] for array in state.arrays} == {2}

@@ -1,0 +1,28 @@
+"""Fixtures that several test folders share; the functions behind them are in random_models.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from random_models import tiny_config, tiny_dense_config, tiny_model, write_checkpoint
+
+from lfm_mlx.model import Model
+
+
+@pytest.fixture(scope="session")
+def moe_model() -> Model:
+    """A tiny mixture of experts; tests leave it as it is."""
+    return tiny_model(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def dense_model() -> Model:
+    """A tiny dense model; tests leave it as it is."""
+    return tiny_model(tiny_dense_config())
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path: Path) -> Path:
+    """A tiny mixture of experts on disk, in the MLX layout; tests may damage it."""
+    return write_checkpoint(tmp_path / "checkpoint")

@@ -1,0 +1,93 @@
+"""The mixture of experts: sorted and paired dispatch agree, and both with every expert asked."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from random_models import relative_error, tiny_config, tiny_model
+
+from lfm_mlx.config import Quantization
+from lfm_mlx.model import MoE
+from lfm_mlx.model.moe import SORTED_FROM_TOKENS
+
+TOLERANCE = 1e-5
+WIDTHS = {"hidden_size": 64, "moe_intermediate_size": 64}
+
+
+def quantised(path: str) -> Quantization | None:
+    return Quantization(group_size=64, bits=4) if "switch_mlp" in path else None
+
+
+def split(path: str) -> Quantization | None:
+    """Gate and up in different storage."""
+    by_ending = {"gate_proj": Quantization(group_size=32, bits=8), "up_proj": Quantization(group_size=64, bits=4)}
+    return by_ending.get(path.rsplit(".", 1)[-1]) if "switch_mlp" in path else None
+
+
+@pytest.fixture(scope="module", params=[None, quantised, split], ids=["plain", "quantised", "split"])
+def moe(request) -> MoE:
+    return tiny_model(tiny_config(**WIDTHS), stored=request.param).layers[1].feed_forward
+
+
+def hidden(num_tokens: int, seed: int = 0) -> mx.array:
+    values = np.random.default_rng(seed).standard_normal((1, num_tokens, 64))
+    return mx.array(values.astype(np.float32))
+
+
+def in_calls_of(moe: MoE, x: mx.array, size: int) -> mx.array:
+    parts = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
+    return mx.concatenate([moe(part, part) for part in parts], axis=1)
+
+
+@pytest.mark.parametrize("num_tokens", [SORTED_FROM_TOKENS - 1, SORTED_FROM_TOKENS, SORTED_FROM_TOKENS + 1, 100])
+def test_tokens_sorted_by_expert_give_what_single_tokens_give(moe, num_tokens):
+    x = hidden(num_tokens)
+    assert relative_error(moe(x, x), in_calls_of(moe, x, 1)) < TOLERANCE
+    assert relative_error(in_calls_of(moe, x, 7), in_calls_of(moe, x, 1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_tokens", [5, 50])
+def test_the_two_dispatches_give_the_same_experts_outputs(moe, num_tokens):
+    x = hidden(num_tokens)[0]
+    experts, _ = moe.route(x)
+    assert relative_error(moe._sorted(x, experts), moe._paired(x, experts)) < TOLERANCE
+
+
+def test_control_experts_assigned_to_other_tokens_are_noticed(moe):
+    x = hidden(50)[0]
+    experts, _ = moe.route(x)
+    assert relative_error(moe._sorted(x, experts[::-1]), moe._paired(x, experts)) > 0.1
+
+
+def test_many_tokens_may_choose_the_same_experts():
+    moe = tiny_model(tiny_config(**WIDTHS)).layers[1].feed_forward
+    moe.expert_bias = mx.array([9.0, 9.0, 9.0, 0, 0, 0, 0, 0])
+    x = hidden(64)
+    experts, _ = moe.route(x[0])
+    assert set(np.array(experts).flatten().tolist()) == {0, 1, 2}
+    assert relative_error(moe(x, x), in_calls_of(moe, x, 1)) < TOLERANCE
+
+
+def test_the_router_bias_chooses_and_never_weighs():
+    moe = tiny_model(tiny_config(**WIDTHS)).layers[1].feed_forward
+    x = hidden(40)
+    before = np.array(moe(x, x))
+    moe.expert_bias = moe.expert_bias + 5
+    np.testing.assert_allclose(np.array(moe(x, x)), before, rtol=1e-5, atol=1e-5)
+    moe.expert_bias = moe.expert_bias[::-1] * mx.array([1.0, -1] * 4)
+    assert np.abs(np.array(moe(x, x)) - before).max() > 0.1
+
+
+def test_the_residual_is_added_once(moe):
+    x, residual = hidden(6), hidden(6, seed=1)
+    assert relative_error(moe(x, residual) - residual, moe(x, mx.zeros_like(x))) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_active", [1, 8], ids=["one", "all"])
+def test_one_expert_or_all_of_them_may_be_active(num_active):
+    moe = tiny_model(tiny_config(**WIDTHS, num_experts_per_tok=num_active)).layers[1].feed_forward
+    x = hidden(40)
+    experts, _ = moe.route(x[0])
+    assert experts.shape == (40, num_active)
+    assert relative_error(moe(x, x), in_calls_of(moe, x, 1)) < TOLERANCE
