@@ -67,7 +67,8 @@ class Checkpoint:
         self.files = _weight_files(folder)
         problems: list[str] = []
         self._sources = _group_sources(_read_headers(folder, self.files, problems), self.config)
-        problems += _check_tensors(self._sources, self.config)
+        # What a damaged file should have held would only repeat its one cause tensor by tensor.
+        problems = problems or _check_tensors(self._sources, self.config)
         if problems:
             raise CheckpointError(_report(folder, problems))
         self._opened: dict[Path, dict[str, mx.array]] = {}
@@ -83,6 +84,11 @@ class Checkpoint:
         """Bytes of all stored tensors that are used."""
         infos = {source.info for sources in self._sources.values() for source in sources}
         return sum(info.num_bytes for info in infos)
+
+    def memory_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of all tensors in memory when floating-point ones have `dtype_bytes` bytes each."""
+        infos = {source.info.name: source.info for sources in self._sources.values() for source in sources}.values()
+        return sum(math.prod(i.shape) * dtype_bytes if i.dtype in _FLOATS else i.num_bytes for i in infos)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that have to be read to assemble our tensor `name`."""

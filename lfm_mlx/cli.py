@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import click
 
 from lfm_mlx import __version__
 from lfm_mlx.errors import OptionError
-from lfm_mlx.generate import Statistics, TokenStream, stream
+from lfm_mlx.generate import Statistics, TokenStream, check_options, stream
 from lfm_mlx.load import DEFAULT_MODEL, DTYPES, LoadProgress, load
 from lfm_mlx.terminal import INTERRUPTED, format_bytes, run
 from lfm_mlx.types import Tool
@@ -21,7 +21,7 @@ from lfm_mlx.types import Tool
 SHOW_LOADING_FROM_BYTES = 500_000_000
 """Below this, weights are in memory before a progress line could be read."""
 
-_LAZY_COMMANDS = {"convert": "lfm_mlx.convert.__main__"}
+_LAZY_COMMANDS = {"bench": "lfm_mlx.bench.__main__", "convert": "lfm_mlx.convert.__main__"}
 """Commands whose modules are imported only when they are called."""
 
 
@@ -64,6 +64,8 @@ def group() -> None:
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="String that ends the answer; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of the text.")
+@click.option("--max-context", type=int, help="Tokens a conversation may hold [default: what the model was made for].")
+@click.option("--kv-bits", type=int, help="Keep keys and values in 8 or 4 bits.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Compute dtype [default: what suits the device].")
 @click.option("--revision", help="Branch, tag or commit of the repo.")
 @click.option("--subfolder", help="Folder in the repo that holds the precision wanted.")
@@ -78,6 +80,8 @@ def generate(
     max_tokens: int | None,
     stop: Sequence[str],
     as_json: bool,
+    max_context: int | None,
+    kv_bits: int | None,
     dtype: str | None,
     revision: str | None,
     subfolder: str | None,
@@ -87,20 +91,32 @@ def generate(
     """Answer one prompt; the text goes to standard output, speed and memory to standard error."""
     text = _read_prompt(prompt, prompt_file)
     shown = _read_tools(tools) if tools is not None else None
+    options = {"max_tokens": max_tokens, "stop": stop, **_given(sampling)}
+    check_options(**options)  # Loading may take a minute.
     loaded = load(
-        model, dtype=dtype, revision=revision, subfolder=subfolder, offline=offline, on_progress=_show_loading
+        model,
+        dtype=dtype,
+        revision=revision,
+        subfolder=subfolder,
+        offline=offline,
+        max_context=max_context,
+        kv_bits=kv_bits,
+        on_progress=_show_loading,
     )
     tokens = stream(
         *loaded,
         text,
-        max_tokens=max_tokens,
-        stop=stop,
         system=system,
         tools=shown,
         raw=raw,
-        **{name: value for name, value in sampling.items() if value is not None},
+        **options,
     )
     return _print_stream(tokens, model, as_json)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _print_stream(tokens: TokenStream, model: str, as_json: bool) -> int:
@@ -174,9 +190,10 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 def _read_tools(path: Path) -> list[Tool]:
+    text = _decoded(_read_bytes(path), str(path))
     try:
-        tools = json.loads(_decoded(_read_bytes(path), str(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
+        tools = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{path}: is not JSON ({error}); expected a list of tools") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise OptionError(f"{path}: expected a JSON list of tools, each an object with name and parameters")

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lfm_mlx.config_keys import LARGEST, ConfigKeys, shown
 from lfm_mlx.errors import CheckpointError, ConfigError
 
 LayerType = Literal["conv", "full_attention"]
 
 MODEL_TYPES = ("lfm2", "lfm2_moe")
-
-_LARGEST = 2**31 - 1
-"""MLX counts the elements of an axis in 32 bits."""
 
 _MAX_COUNT = 65_536
 """Most layers or experts that are believed: lists of that length are made before any file is read."""
@@ -136,7 +133,7 @@ class ModelConfig:
             ConfigError: an unknown model type, or a value that is wrong or contradicts another; the message names
                 key, value and expectation.
         """
-        keys = _Keys(raw)
+        keys = ConfigKeys(raw)
         model_type = _check_model_type(raw)
         is_moe = model_type == "lfm2_moe"
         hidden_size = keys.integer("hidden_size", "block_dim")
@@ -216,57 +213,6 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return raw
 
 
-class _Keys:
-    """Typed look-ups in config.json; each refuses a wrong value by key."""
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
-
-    def first(self, *names: str) -> tuple[str, Any]:
-        """The first of `names` that is present and not null, with its value."""
-        for name in names:
-            if self.raw.get(name) is not None:
-                return name, self.raw[name]
-        return names[0], None
-
-    def integer(self, *names: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
-        name, value = self.first(*names)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise ConfigError(f"{name} is {_shown(value)}, expected a whole number from {minimum} to {maximum}")
-        return value
-
-    def number(self, *names: str, default: float) -> float:
-        name, value = self.first(*names)
-        if value is None:
-            return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise ConfigError(f"{name} is {_shown(value)}, expected a number above 0")
-        return float(value)
-
-    def boolean(self, *names: str, default: bool) -> bool:
-        name, value = self.first(*names)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} is {_shown(value)}, expected true or false")
-        return value
-
-    def token_id(self, name: str) -> int | None:
-        value = self.raw.get(name)
-        return None if value is None or value == -1 else self.integer(name, minimum=0)
-
-    def token_id_list(self, name: str) -> list[int]:
-        value = self.raw[name]
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ConfigError(f"{name} is {_shown(value)}, expected a token id or a list of them")
-        return ids
-
-
 def _check_model_type(raw: Mapping[str, Any]) -> str:
     model_type = raw.get("model_type")
     if model_type in MODEL_TYPES:
@@ -279,12 +225,12 @@ def _check_model_type(raw: Mapping[str, Any]) -> str:
             f"model_type is {model_type!r}, a vision-language model, expected {expected}; "
             "use the text checkpoint of the same size"
         )
-    close = difflib.get_close_matches(_shown(model_type).strip("'"), MODEL_TYPES, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(shown(model_type).strip("'"), MODEL_TYPES, n=1, cutoff=0.75)
     hint = f" (nearest known: {close[0]})" if close else ""
-    raise ConfigError(f"model_type is {_shown(model_type)}, which is not supported, expected {expected}{hint}")
+    raise ConfigError(f"model_type is {shown(model_type)}, which is not supported, expected {expected}{hint}")
 
 
-def _layer_types(keys: _Keys, is_moe: bool) -> tuple[LayerType, ...]:
+def _layer_types(keys: ConfigKeys, is_moe: bool) -> tuple[LayerType, ...]:
     count = keys.integer("num_hidden_layers", "num_layers", maximum=_MAX_COUNT)
     listed, indices = keys.raw.get("layer_types"), keys.raw.get("full_attn_idxs")
     if listed is None and indices is None:
@@ -298,26 +244,24 @@ def _layer_types(keys: _Keys, is_moe: bool) -> tuple[LayerType, ...]:
     known = ("conv", "full_attention")
     if not isinstance(listed, list) or len(listed) != count or any(kind not in known for kind in listed):
         raise ConfigError(
-            f"layer_types is {_shown(listed)}, expected {count} entries (num_hidden_layers), "
+            f"layer_types is {shown(listed)}, expected {count} entries (num_hidden_layers), "
             "each 'conv' or 'full_attention'"
         )
     if from_indices is not None and from_indices != tuple(listed):
         attention = [i for i, kind in enumerate(listed) if kind == "full_attention"]
-        raise ConfigError(f"full_attn_idxs is {_shown(indices)}, but layer_types has attention at {attention}")
+        raise ConfigError(f"full_attn_idxs is {shown(indices)}, but layer_types has attention at {attention}")
     return tuple(listed)
 
 
 def _types_from_indices(indices: object, count: int) -> tuple[LayerType, ...]:
     is_list = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
     if not is_list or not all(0 <= i < count for i in indices):  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"full_attn_idxs is {_shown(indices)}, expected a list of layer indices from 0 to {count - 1}"
-        )
+        raise ConfigError(f"full_attn_idxs is {shown(indices)}, expected a list of layer indices from 0 to {count - 1}")
     chosen = set(indices)  # type: ignore[call-overload]
     return tuple("full_attention" if i in chosen else "conv" for i in range(count))
 
 
-def _dense_ffn_size(keys: _Keys) -> int:
+def _dense_ffn_size(keys: ConfigKeys) -> int:
     """The feed-forward width of a dense model, by the rule of transformers' ``Lfm2MLP``."""
     if not keys.boolean("block_auto_adjust_ff_dim", default=True):
         return keys.integer("block_ff_dim", "intermediate_size")
@@ -325,7 +269,7 @@ def _dense_ffn_size(keys: _Keys) -> int:
     if "block_ffn_dim_multiplier" in keys.raw and keys.raw["block_ffn_dim_multiplier"] is None:
         return size
     multiplier = keys.number("block_ffn_dim_multiplier", default=1.0)
-    if not 1 <= multiplier * size <= _LARGEST:
+    if not 1 <= multiplier * size <= LARGEST:
         raise ConfigError(
             f"block_ffn_dim_multiplier is {multiplier}, expected one that gives a possible width of {size}"
         )
@@ -334,30 +278,30 @@ def _dense_ffn_size(keys: _Keys) -> int:
     return multiple * ((size + multiple - 1) // multiple)
 
 
-def _rope_theta(keys: _Keys) -> float:
+def _rope_theta(keys: ConfigKeys) -> float:
     _, parameters = keys.first("rope_parameters", "rope_scaling")
     if parameters is None:
         return keys.number("rope_theta", "theta", default=1_000_000.0)
     if not isinstance(parameters, Mapping):
-        raise ConfigError(f"rope_parameters is {_shown(parameters)}, expected an object with rope_theta and rope_type")
+        raise ConfigError(f"rope_parameters is {shown(parameters)}, expected an object with rope_theta and rope_type")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ConfigError(f"rope_parameters.rope_type is {_shown(kind)}, expected 'default' (no other is supported)")
+        raise ConfigError(f"rope_parameters.rope_type is {shown(kind)}, expected 'default' (no other is supported)")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        found = _shown(parameters["partial_rotary_factor"])
+        found = shown(parameters["partial_rotary_factor"])
         raise ConfigError(f"rope_parameters.partial_rotary_factor is {found}, expected 1.0 (no other is supported)")
     if parameters.get("rope_theta") is None:
         return keys.number("rope_theta", "theta", default=1_000_000.0)
     try:
-        return _Keys(parameters).number("rope_theta", default=1_000_000.0)
+        return ConfigKeys(parameters).number("rope_theta", default=1_000_000.0)
     except ConfigError as error:
         raise ConfigError(f"rope_parameters.{error}") from error
 
 
-def _dtype(keys: _Keys) -> str | None:
+def _dtype(keys: ConfigKeys) -> str | None:
     name, value = keys.first("dtype", "torch_dtype")
     if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{name} is {_shown(value)}, expected a name such as 'bfloat16'")
+        raise ConfigError(f"{name} is {shown(value)}, expected a name such as 'bfloat16'")
     return value.removeprefix("torch.") if value else None
 
 
@@ -367,11 +311,11 @@ def _quantization(raw: Mapping[str, Any]) -> QuantizationConfig | None:
     if block is None:
         return None
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{key} is {_shown(block)}, expected an object with group_size and bits")
+        raise ConfigError(f"{key} is {shown(block)}, expected an object with group_size and bits")
     if "group_size" not in block or "bits" not in block:
         method = block.get("quant_method", "unknown")
         raise ConfigError(
-            f"{key}.quant_method is {_shown(method)}, expected MLX quantisation (group_size and bits); "
+            f"{key}.quant_method is {shown(method)}, expected MLX quantisation (group_size and bits); "
             "use the unquantised checkpoint or an MLX conversion"
         )
     default = _quantization_entry(key, block)
@@ -385,7 +329,7 @@ def _quantization(raw: Mapping[str, Any]) -> QuantizationConfig | None:
 
 
 def _quantization_entry(where: str, entry: Mapping[str, Any]) -> Quantization:
-    keys = _Keys(entry)
+    keys = ConfigKeys(entry)
     mode = entry.get("mode", "affine")
     try:
         return Quantization(group_size=keys.integer("group_size"), bits=keys.integer("bits"), mode=mode)
@@ -393,7 +337,7 @@ def _quantization_entry(where: str, entry: Mapping[str, Any]) -> Quantization:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _check_sizes(config: ModelConfig, keys: _Keys) -> None:
+def _check_sizes(config: ModelConfig, keys: ConfigKeys) -> None:
     """Refuse values that are each possible but do not fit together."""
     if keys.raw.get("head_dim") is None and config.hidden_size % config.num_heads:
         raise ConfigError(
@@ -408,7 +352,7 @@ def _check_sizes(config: ModelConfig, keys: _Keys) -> None:
         raise ConfigError(f"head_dim is {config.head_dim}, expected an even number (RoPE rotates pairs)")
     for name in ("conv_dim", "conv_dim_out"):
         if keys.raw.get(name, config.hidden_size) not in (None, config.hidden_size):
-            raise ConfigError(f"{name} is {_shown(keys.raw[name])}, expected hidden_size {config.hidden_size}")
+            raise ConfigError(f"{name} is {shown(keys.raw[name])}, expected hidden_size {config.hidden_size}")
     if config.is_moe and config.num_active_experts > config.num_experts:
         raise ConfigError(
             f"num_experts_per_tok is {config.num_active_experts}, expected at most num_experts {config.num_experts}"
@@ -416,11 +360,3 @@ def _check_sizes(config: ModelConfig, keys: _Keys) -> None:
     for name, token in (("bos_token_id", config.bos_token_id), *(("eos_token_id", i) for i in config.eos_token_ids)):
         if token is not None and token >= config.vocab_size:
             raise ConfigError(f"{name} is {token}, expected less than vocab_size {config.vocab_size}")
-
-
-def _shown(value: object) -> str:
-    try:
-        text = "missing" if value is None else repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 80 else text[:77] + "..."

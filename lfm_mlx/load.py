@@ -15,9 +15,11 @@ from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.config import ModelConfig, read_json_object
 from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
+from lfm_mlx.memory import SMALLEST_CONTEXT, available_bytes, plan_memory, set_memory_limits
 from lfm_mlx.model import Model
 from lfm_mlx.sampling import recommended_sampling
 from lfm_mlx.tokenizer import Tokenizer, load_tokenizer
+from lfm_mlx.types import check_integer
 
 DEFAULT_MODEL = "LiquidAI/LFM2.5-8B-A1B-MLX-4bit"
 """The published 4-bit MLX conversion of LFM2.5-8B-A1B."""
@@ -50,6 +52,8 @@ def load(
     subfolder: str | None = None,
     token: str | None = None,
     offline: bool = False,
+    max_context: int | None = None,
+    kv_bits: int | None = None,
     on_progress: Callable[[LoadProgress], None] | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
@@ -63,6 +67,9 @@ def load(
         subfolder: the folder in the repo that holds the precision wanted.
         token: access token; None uses the one huggingface_hub knows.
         offline: never ask the network, use only what was downloaded before.
+        max_context: most tokens a conversation may hold; None allows what the model was made for. It is planned for
+            before loading: a smaller one asks for less memory.
+        kv_bits: 8 or 4 to keep keys and values quantised.
         on_progress: called as weights arrive in memory.
 
     Returns:
@@ -72,11 +79,22 @@ def load(
         CheckpointError: files are missing, damaged, or do not fit the config; lists everything that is wrong.
         ConfigError: the model type is not supported or a value cannot be used.
         DownloadError: the repo could not be fetched.
+        MemoryPlanError: weights and context need more memory than is free.
         OptionError: an argument is refused.
     """
     folder = fetch(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
     checkpoint = Checkpoint(folder)
     chosen = compute_dtype(checkpoint.config, dtype)
+    context = _checked_context(checkpoint.config, max_context)
+    plan = plan_memory(
+        checkpoint.config,
+        weight_bytes=checkpoint.memory_bytes(chosen.size),
+        context=context if max_context is not None else min(SMALLEST_CONTEXT, context),
+        kv_bits=kv_bits,
+        dtype=chosen,
+    )
+    plan.check(available_bytes(), are_weights_loaded=False)
+    set_memory_limits(plan)
     tokenizer = load_tokenizer(
         folder, config_eos_ids=checkpoint.config.eos_token_ids, model_vocab_size=checkpoint.config.vocab_size
     )
@@ -96,7 +114,16 @@ def load(
         name=_model_name(model, checkpoint.config),
         generation_config=read_json_object(folder / "generation_config.json"),
     )
+    built.max_context = context
+    built.kv_bits = kv_bits
     return Loaded(built, tokenizer)
+
+
+def _checked_context(config: ModelConfig, max_context: int | None) -> int:
+    if max_context is None:
+        return config.max_context
+    check_integer("max_context", max_context, minimum=1, maximum=config.max_context)
+    return max_context
 
 
 def _model_name(model: str | Path, config: ModelConfig) -> str:

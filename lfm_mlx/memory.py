@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -24,6 +25,9 @@ MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 2048
 
 LIVE_SCORE_ARRAYS = 4
 """Arrays of the size of a chunk's scores that are alive at once: scores, mask, weights, and those being made."""
+
+CACHE_LIMIT_BYTES, MIN_CACHE_BYTES = 512 << 20, 32 << 20
+"""Bounds on the freed buffers that MLX keeps for the next allocation."""
 
 SMALLEST_CONTEXT = 4096
 """The context that has to fit for a model to be loaded at all, unless the caller names one."""
@@ -115,6 +119,41 @@ def plan_memory(
     )
 
 
+class Sized(Protocol):
+    """What planning an answer has to know of a `lfm_mlx.model.Model`."""
+
+    config: ModelConfig
+    max_context: int
+    dtype: mx.Dtype
+
+
+def room_for_answer(model: Sized, prompt_len: int, max_tokens: int | None, *, kv_bits: int | None = None) -> int:
+    """Tokens an answer may have.
+
+    Args:
+        model: weights in memory already.
+        prompt_len: tokens of the prompt, fewer than the context.
+        max_tokens: what the caller asked for; None asks for as much as context and memory hold.
+        kv_bits: 8 or 4 for quantised keys and values.
+
+    Raises:
+        MemoryPlanError: what was asked for, or a single token, does not fit into the memory that is free.
+    """
+    room = model.max_context - prompt_len
+    wanted = min(max_tokens or room, room)
+    free = available_bytes()
+    options: Any = {"weight_bytes": 0, "kv_bits": kv_bits, "dtype": model.dtype}
+    if plan_memory(model.config, context=prompt_len + wanted, **options).state_bytes <= free:
+        return wanted
+    if max_tokens is None:
+        fitting = largest_context(model.config, free, kv_bits=kv_bits, dtype=model.dtype) - prompt_len
+        if fitting >= 1:
+            return fitting
+    asked = prompt_len + (wanted if max_tokens is not None else 1)
+    plan_memory(model.config, context=asked, **options).check(free, are_weights_loaded=True)
+    return wanted
+
+
 def largest_context(
     config: ModelConfig, available_bytes: int, *, kv_bits: int | None = None, dtype: mx.Dtype = mx.bfloat16
 ) -> int:
@@ -153,13 +192,29 @@ def prefill_chunk_tokens(config: ModelConfig, dtype: mx.Dtype, budget_bytes: int
     return max(MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, 1 << max(fitting.bit_length() - 1, 0)))
 
 
+def set_memory_limits(plan: MemoryPlan) -> None:
+    """Keep few freed buffers, and on a Mac keep the weights from being paged out while others use memory."""
+    mx.set_cache_limit(min(CACHE_LIMIT_BYTES, max(plan.transient_bytes, MIN_CACHE_BYTES)))
+    working_set = _gpu_working_set()
+    if working_set is not None and mx.metal.is_available():
+        mx.set_wired_limit(min(plan.total_bytes, working_set))
+
+
 def available_bytes() -> int:
     """Bytes that may still be allocated: of the GPU's working set, or, where MLX uses the CPU, of main memory."""
-    info = mx.device_info()
-    working_set = info.get("max_recommended_working_set_size")
-    if isinstance(working_set, int) and mx.default_device().type != mx.cpu:
+    working_set = _gpu_working_set()
+    if working_set is not None:
         return max(working_set - mx.get_active_memory(), 0)
     return _available_host_bytes() + mx.get_cache_memory()
+
+
+def _gpu_working_set() -> int | None:
+    """Bytes that the GPU in use may keep resident; None on the CPU."""
+    if mx.default_device().type == mx.cpu:
+        return None
+    info = mx.device_info()
+    size = info.get("max_recommended_working_set_size", info.get("memory_size"))
+    return size if isinstance(size, int) else None
 
 
 def _available_host_bytes() -> int:

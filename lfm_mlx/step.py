@@ -8,6 +8,7 @@ values and attending stay outside, so no trace depends on the length of the cont
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What a step that samples returns: ids ``(B,)``, the sampler's next state, and the logits ``(B, V)``."""
+    """What a step that samples returns: ids ``(B,)``, the state they were drawn with, and the logits ``(B, V)``."""
 
     ids: mx.array
     sampler_state: SamplerState
@@ -44,6 +45,9 @@ class Stepper:
     Args:
         model: the model; its weights must not be exchanged afterwards.
         is_compiled: whether decode steps are compiled; None asks `is_compiling`.
+
+    Attributes:
+        lock: to be held while steps are built and evaluated, where several threads share the model.
     """
 
     def __init__(self, model: Model, *, is_compiled: bool | None = None) -> None:
@@ -52,6 +56,7 @@ class Stepper:
         cuts = [None, *model.config.attention_layers, None]
         self._segments = [self._compiled(_segment(model, *cut)) for cut in itertools.pairwise(cuts)]
         self._sampling_ends: dict[Any, Callable[..., Any]] = {}
+        self.lock = threading.RLock()
 
     def prefill(
         self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int | None = None
@@ -74,27 +79,47 @@ class Stepper:
     def prefill_chunks(
         self, state: State, tokens: mx.array, lengths: Sequence[int] | None = None, *, chunk_size: int | None = None
     ) -> Iterator[mx.array | None]:
-        """`prefill` chunk by chunk: None after every chunk but the last, which yields the logits."""
+        """`prefill` chunk by chunk: None after every chunk but the last, which yields the logits.
+
+        Raises:
+            OptionError: `lengths` does not fit `tokens`; nothing was computed.
+            ContextLengthError: a row would outgrow the context.
+        """
         B, L = tokens.shape
         taken = list(lengths) if lengths is not None else [L] * B
+        if len(taken) != B or not all(1 <= count <= L for count in taken):
+            raise OptionError(f"lengths is {taken}, expected {B} whole numbers (one a row) from 1 to {L}")
         if chunk_size is None:
             chunk_size = max(prefill_chunk_tokens(self.model.config, self.model.dtype) // B, MIN_CHUNK_TOKENS)
-        last_rows: list[mx.array | None] = [None] * B
         state.reserve(max(n + count for n, count in zip(state.lengths, taken, strict=True)) + 1)
+        last: list[mx.array | None] = [None] * B
         for start in range(0, L, chunk_size):
             chunk = tokens[:, start : start + chunk_size]
             counts = [min(max(n - start, 0), chunk.shape[1]) for n in taken]
-            hidden = self.model.hidden(chunk, state, lengths=counts)
+            hidden = self.extend(state, chunk, counts)
             for row, count in enumerate(counts):
-                if count and start + count == taken[row]:
-                    last_rows[row] = mx.contiguous(hidden[row, count - 1])
-            mx.eval(state.arrays, [row for row in last_rows if row is not None])
+                last[row] = hidden[row] if count and start + count == taken[row] else last[row]
             if start + chunk_size < L:
                 yield None
-        found = [row for row in last_rows if row is not None]
-        if len(found) != B:
-            raise OptionError(f"lengths is {taken}, expected at least 1 token a row")
-        yield self.model.head(mx.stack(found))
+        yield self.model.head(mx.stack([row for row in last if row is not None]))
+
+    def extend(self, state: State, tokens: mx.array, counts: Sequence[int] | None = None) -> mx.array:
+        """Take one chunk into `state`, evaluated.
+
+        Args:
+            state: what the rows have seen before.
+            tokens: int ``(B, L)``.
+            counts: real tokens of each row; None: all are.
+
+        Returns:
+            Normalised hidden states ``(B, D)`` of each row's last real token, evaluated: `Model.head` gives its logits.
+        """
+        hidden = self.model.hidden(tokens, state, lengths=counts)
+        B, L, _ = hidden.shape
+        last = [max(count - 1, 0) for count in counts] if counts is not None else [L - 1] * B
+        rows = mx.stack([mx.contiguous(hidden[row, at]) for row, at in enumerate(last)])
+        mx.eval(state.arrays, rows)
+        return rows
 
     def decode(self, state: State, tokens: mx.array) -> mx.array:
         """One more token a row: logits ``(B, V)`` after `tokens`, int ``(B,)``; the state moves on.
@@ -112,12 +137,21 @@ class Stepper:
     def decode_and_sample(
         self, state: State, tokens: mx.array, sampler: Sampler, sampler_state: SamplerState
     ) -> Sampled:
-        """`decode`, then draw: the sampler runs inside the last compiled segment."""
+        """Record `tokens` with the sampler, `decode` them, and draw: the sampler runs inside the last segment.
+
+        A token is recorded when it is consumed, not when it is drawn: a caller may replace what was drawn.
+
+        Args:
+            state: what the rows have seen.
+            tokens: int ``(B,)``, drawn by the sampler or put in its place.
+            sampler: of the B rows.
+            sampler_state: the state that `tokens` were drawn with.
+        """
         x, attended, offsets = self._run_to_last(state, tokens)
         end = self._sampling_end(sampler)
         last = len(self._segments) - 1
         logits, rows, ids, sampler_state = end(
-            x, attended, offsets, self._rows(state, last), sampler_state, sampler.parameters
+            x, attended, offsets, self._rows(state, last), tokens, sampler_state, sampler.parameters
         )
         self._remember(state, last, rows)
         return Sampled(ids=ids, sampler_state=sampler_state, logits=logits)
@@ -162,12 +196,13 @@ class Stepper:
                 attended: mx.array | None,
                 offsets: mx.array,
                 rows: Rows,
+                tokens: mx.array,
                 sampler_state: SamplerState,
                 parameters: dict[str, mx.array],
             ) -> Any:
+                sampler_state = advance(features, sampler_state, parameters, tokens)
                 logits, rows = last(x, attended, offsets, rows)
-                ids = choose(features, logits, sampler_state, parameters)
-                return logits, rows, ids, advance(features, sampler_state, parameters, ids)
+                return logits, rows, choose(features, logits, sampler_state, parameters), sampler_state
 
             self._sampling_ends[features] = self._compiled(end)
         return self._sampling_ends[features]

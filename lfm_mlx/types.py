@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +18,79 @@ Tool = Mapping[str, Any]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a generation ended: a stop token or string, ``max_tokens`` or the context, or the caller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """One call of a tool that can be executed.
+
+    Args:
+        id: distinct for every call, "call_" and 24 characters.
+        name: the function, as the model wrote it.
+        arguments: JSON values by argument name.
+        text: what the model wrote for this call.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+    text: str = ""
+
+    @property
+    def arguments_json(self) -> str:
+        """The arguments as an OpenAI client receives them: the text of a JSON object."""
+        return json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallError:
+    """One call that the model wrote and that must not be executed.
+
+    Args:
+        code: the kind of error in one word, such as "not_literal" or "unknown_function"; for programs.
+        message: what was found and what was expected; for people, and for the model to try again.
+        text: what the model wrote for this call; it stands in the content too.
+        name: the function, where it could be read.
+        arguments: the arguments, where they could be read and only the tool's schema refused them.
+    """
+
+    code: str
+    message: str
+    text: str
+    name: str | None = None
+    arguments: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningDelta:
+    """A further piece of the model's reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentDelta:
+    """A further piece of the answer itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCallDone:
+    """The model wrote a call, whole and checked."""
+
+    call: ToolCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCallFailed:
+    """The model wrote a call that cannot be executed; its text has just come as content."""
+
+    error: CallError
+
+
+OutputEvent = ReasoningDelta | ContentDelta | ToolCallDone | ToolCallFailed
+"""What an answer consists of, in the order in which the model wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from lfm_mlx.cache.conv_state import ConvState
 from lfm_mlx.cache.kv_cache import KVCache
 from lfm_mlx.cache.quantized_kv_cache import KV_BITS, QuantizedKVCache, kv_group_size
 from lfm_mlx.cache.span import Span
-from lfm_mlx.cache.state import LayerState, Snapshot, State
+from lfm_mlx.cache.state import LayerState, Mark, Snapshot, State
+from lfm_mlx.cache.transcript import Transcript
 
 __all__ = [
     "GROWTH_TOKENS",
@@ -14,9 +15,11 @@ __all__ = [
     "ConvState",
     "KVCache",
     "LayerState",
+    "Mark",
     "QuantizedKVCache",
     "Snapshot",
     "Span",
     "State",
+    "Transcript",
     "kv_group_size",
 ]

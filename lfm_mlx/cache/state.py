@@ -32,6 +32,14 @@ class Snapshot:
         return sum(array.nbytes for layer in self.layers for array in layer)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mark:
+    """A place that one state can `State.rewind` to: the convolutions' rows; keys and values stay in the state."""
+
+    lengths: tuple[int, ...]
+    conv_rows: tuple[tuple[mx.array, ...], ...]
+
+
 class State:
     """The state of a batch of rows, from `State.empty`; `begin` a call, run the layers, then `advance`.
 
@@ -44,6 +52,7 @@ class State:
         self.layers = list(layers)
         self.lengths = tuple(lengths)
         self.max_context = max_context
+        self._marks: list[Mark] = []
 
     @classmethod
     def empty(
@@ -124,20 +133,48 @@ class State:
         return Snapshot(lengths=self.lengths, layers=tuple(layers))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this state, or of one of the same model."""
+        """Go back to a snapshot of this state, or of one of the same model; marks are gone."""
+        self._marks = []
         for layer, stored in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(stored)
         self.lengths = snapshot.lengths
 
+    def mark(self) -> Mark:
+        """Remember this place; costs the convolutions' rows and no keys or values."""
+        rows = tuple(layer.rows for layer in self.layers if isinstance(layer, ConvState))
+        mark = Mark(lengths=self.lengths, conv_rows=rows)
+        self._marks.append(mark)
+        return mark
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to a place of this state; marks made behind it are gone.
+
+        Raises:
+            OptionError: the mark is another state's, or was made behind a place that was gone back to.
+        """
+        if mark not in self._marks:
+            raise OptionError("mark is not one of this state's, or the state went back to before it; make a new one")
+        convolutions = [layer for layer in self.layers if isinstance(layer, ConvState)]
+        for layer, rows in zip(convolutions, mark.conv_rows, strict=True):
+            layer.rows = rows
+        self.lengths = mark.lengths
+        self._marks = self._marks[: self._marks.index(mark) + 1]
+
+    def forget(self, mark: Mark) -> None:
+        """Drop a mark that is no longer needed."""
+        self._marks.remove(mark)
+
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
+        """Keep only these rows, in this order; marks are gone."""
+        self._marks = []
         index = mx.array(list(rows), dtype=mx.int32)
         for layer in self.layers:
             layer.keep(index)
         self.lengths = tuple(self.lengths[row] for row in rows)
 
     def join(self, other: State) -> None:
-        """Append the rows of another state of the same model."""
+        """Append the rows of another state of the same model; marks are gone."""
+        self._marks = []
         for layer, added in zip(self.layers, other.layers, strict=True):
             layer.join(added)  # type: ignore[arg-type]
         self.lengths += other.lengths

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 import mlx.core as mx
 
+from lfm_mlx.engine import Engine, Request, Row
 from lfm_mlx.errors import OptionError
 from lfm_mlx.generate.prompt import Prompt, prompt_ids
+from lfm_mlx.memory import room_for_answer
 from lfm_mlx.model import Model
 from lfm_mlx.parsing import StopStrings
-from lfm_mlx.sampling import Sampler
-from lfm_mlx.step import stepper_of
 from lfm_mlx.tokenizer import Tokenizer
 from lfm_mlx.types import FinishReason, SamplingParams, Tool, check_integer
 
@@ -59,92 +58,68 @@ class Statistics:
 
 
 class TokenStream(Iterator[Token]):
-    """Iterate for tokens; `cancel` from any thread; `statistics` is up to date at any time."""
+    """Iterate for tokens; `cancel` from any thread; `statistics` is up to date at any time.
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, ids: Sequence[int], options: _Options) -> None:
-        self.prompt_tokens = len(ids)
-        self.generated_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._sampler = Sampler([options.sampling], model.config.vocab_size)
-        self._is_cancelled = False
-        self._started_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._last_s = self._started_s
-        self._tokens = self._run(model, tokenizer, ids, options)
+    A stream that is given up before its end frees what it holds on the device as soon as nobody refers to it.
+    """
+
+    def __init__(self, engine: Engine, row: Row, tokenizer: Tokenizer, stops: StopStrings, skip_special: bool) -> None:
+        self._engine: Engine | None = engine
+        self._row = row
+        self._stops = stops
+        self._detokenizer = tokenizer.detokenizer(skip_special=skip_special)
+        self._num_taken = 0
+        self._finish_reason: FinishReason | None = None
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        row = self._row
+        while self._engine is not None and len(row.generated) == self._num_taken and row.finish_reason is None:
+            self._engine.step()
+        if len(row.generated) == self._num_taken or self._engine is None:
+            self._end(row.finish_reason)
+            raise StopIteration
+        token_id = row.generated[self._num_taken]
+        self._num_taken += 1
+        is_stop = row.finish_reason == "stop"
+        text = self._stops.add("" if is_stop else self._detokenizer.add(token_id))
+        finish_reason: FinishReason | None = "stop" if self._stops.is_found else row.finish_reason
+        if finish_reason is not None:
+            text += self._stops.add(self._detokenizer.finish()) + self._stops.finish()
+            self._end(finish_reason)
+        return Token(id=token_id, text=text, finish_reason=finish_reason)
 
     def cancel(self) -> None:
         """End the stream after the token or prompt chunk that is being computed."""
-        self._is_cancelled = True
+        self._row.cancel()
+
+    def _end(self, finish_reason: FinishReason | None) -> None:
+        self._finish_reason = self._finish_reason or finish_reason
+        self._engine = None  # Its caches are freed now, not when the caller drops the stream.
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The tokens drawn so far, a stop token included."""
+        return self._row.generated[: self._num_taken]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the stream ended; None while it goes on."""
+        return self._finish_reason
 
     @property
     def statistics(self) -> Statistics:
         """What it took so far."""
-        first_s = self._first_s or self._last_s
+        row = self._row
+        first_s = row.first_s or row.last_s
         return Statistics(
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=len(self.generated_ids),
-            prompt_s=first_s - self._started_s,
-            generation_s=self._last_s - first_s,
+            prompt_tokens=len(row.request.prompt),
+            generated_tokens=self._num_taken,
+            prompt_s=first_s - row.started_s,
+            generation_s=row.last_s - first_s,
             peak_memory_bytes=mx.get_peak_memory(),
-            finish_reason=self.finish_reason,
-            seed=self._sampler.params[0].seed,
+            finish_reason=self._finish_reason,
+            seed=row.seed,
         )
-
-    def _run(self, model: Model, tokenizer: Tokenizer, ids: Sequence[int], options: _Options) -> Iterator[Token]:
-        detokenizer = tokenizer.detokenizer(skip_special=options.skip_special)
-        stops = StopStrings(options.stop)
-        for token_id in self._ids(model, ids, options.max_tokens):
-            self.generated_ids.append(token_id)
-            is_stop = token_id in tokenizer.stop_ids and not options.ignore_stop_tokens
-            text = stops.add("" if is_stop else detokenizer.add(token_id))
-            if is_stop or stops.is_found:
-                self.finish_reason = "stop"
-            elif self._is_cancelled:
-                self.finish_reason = "cancelled"
-            elif len(self.generated_ids) == options.max_tokens:
-                self.finish_reason = "length"
-            if self.finish_reason is not None:
-                text += stops.add(detokenizer.finish()) + stops.finish()
-                yield Token(id=token_id, text=text, finish_reason=self.finish_reason)
-                return
-            yield Token(id=token_id, text=text)
-        self.finish_reason = "cancelled"
-
-    def _ids(self, model: Model, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
-        """Token ids, each step queued on the device before the previous token is looked at."""
-        stepper, state = stepper_of(model), model.new_state()
-        sampler, sampler_state = self._sampler, self._sampler.start([prompt])
-        logits = mx.array([])
-        for chunk_logits in stepper.prefill_chunks(state, mx.array([prompt], dtype=mx.int32)):
-            self._last_s = time.perf_counter()
-            if self._is_cancelled:
-                return
-            logits = chunk_logits if chunk_logits is not None else logits
-        ids, sampler_state = sampler.sample(logits, sampler_state)
-        mx.async_eval(ids, sampler_state)
-        for count in range(1, max_tokens + 1):
-            current = ids
-            if count < max_tokens:
-                step = stepper.decode_and_sample(state, current, sampler, sampler_state)
-                ids, sampler_state = step.ids, step.sampler_state
-                mx.async_eval(ids, sampler_state, state.arrays)
-            token_id = current.item()
-            assert isinstance(token_id, int)
-            self._last_s = time.perf_counter()
-            self._first_s = self._first_s or self._last_s
-            yield token_id
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    sampling: SamplingParams
-    max_tokens: int
-    stop: Sequence[str]
-    skip_special: bool
-    ignore_stop_tokens: bool
 
 
 def stream(
@@ -161,6 +136,7 @@ def stream(
     template_variables: Mapping[str, Any] | None = None,
     skip_special: bool = False,
     ignore_stop_tokens: bool = False,
+    kv_bits: int | None = None,
     **overrides: Any,
 ) -> TokenStream:
     """Generate, token by token.
@@ -178,6 +154,7 @@ def stream(
         template_variables: further variables for the template.
         skip_special: leave special tokens' text out.
         ignore_stop_tokens: go on after a stop token, for measurements.
+        kv_bits: 8 or 4 to quantise keys and values; None takes what `load` was given.
         **overrides: single fields of `SamplingParams` (temperature, top_k, ... seed) that win over `sampling`.
 
     Returns:
@@ -186,23 +163,21 @@ def stream(
     Raises:
         OptionError: an option is unknown or refused.
         ContextLengthError: the prompt leaves no room.
+        MemoryPlanError: prompt and answer need more memory than is free.
         TemplateError: the messages cannot be rendered.
     """
+    check_options(max_tokens=max_tokens, stop=stop, **overrides)
     ids = prompt_ids(
         model, tokenizer, prompt, system=system, tools=tools, raw=raw, template_variables=template_variables
     )
-    room = model.config.max_context - len(ids)
-    if max_tokens is not None:
-        check_integer("max_tokens", max_tokens, minimum=1)
-    options = _Options(
+    engine = Engine(model, kv_bits=kv_bits)
+    request = Request(
+        prompt=ids,
         sampling=with_overrides(sampling or model.sampling, overrides),
-        max_tokens=min(max_tokens or room, room),
-        stop=[stop] if isinstance(stop, str) else list(stop),
-        skip_special=skip_special,
-        ignore_stop_tokens=ignore_stop_tokens,
+        max_tokens=room_for_answer(model, len(ids), max_tokens, kv_bits=engine.kv_bits),
+        stop_ids=frozenset() if ignore_stop_tokens else tokenizer.stop_ids,
     )
-    StopStrings(options.stop)
-    return TokenStream(model, tokenizer, ids, options)
+    return TokenStream(engine, engine.submit(request), tokenizer, StopStrings(stop), skip_special)
 
 
 def generate(model: Model, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:
@@ -210,11 +185,23 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: Prompt, **options: Any)
     return "".join([token.text for token in stream(model, tokenizer, prompt, **options)])
 
 
+def check_options(*, max_tokens: int | None = None, stop: str | Sequence[str] = (), **overrides: Any) -> None:
+    """Refuse the options that `stream` would refuse, while there is no model yet.
+
+    Raises:
+        OptionError: an option is unknown or refused.
+    """
+    if max_tokens is not None:
+        check_integer("max_tokens", max_tokens, minimum=1)
+    StopStrings(stop)
+    with_overrides(SamplingParams(), overrides)
+
+
 def with_overrides(sampling: SamplingParams, overrides: Mapping[str, Any]) -> SamplingParams:
     """`sampling` with single fields replaced; unknown names are refused with the nearest known one."""
-    known = [field.name for field in fields(SamplingParams)]
+    known = [*SamplingParams.names(), *(stream.__kwdefaults__ or {})]
     for name in overrides:
-        if name not in known:
+        if name not in SamplingParams.names():
             close = get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f", expected one of {', '.join(known)}"
             raise OptionError(f"unknown option {name}{hint}")

@@ -37,7 +37,7 @@ def prompt_ids(
         template_variables: further variables of the template.
 
     Raises:
-        OptionError: the prompt is empty, of another type, or has ids outside the vocabulary.
+        OptionError: the prompt is empty, of another type, has ids outside the vocabulary, or an option does not fit it.
         ContextLengthError: there is no room left for an answer.
         TemplateError: the messages cannot be rendered.
     """
@@ -50,10 +50,9 @@ def prompt_ids(
         raise OptionError(
             f"prompt has token id {wrong}, expected 0 to {vocab_size - 1}; is this the model's tokenizer?"
         )
-    if len(ids) >= model.config.max_context:
+    if len(ids) >= model.max_context:
         raise ContextLengthError(
-            f"prompt has {len(ids):,} tokens, expected fewer than {model.config.max_context:,} "
-            "(max_position_embeddings); shorten it"
+            f"prompt has {len(ids):,} tokens, expected fewer than {model.max_context:,} ; shorten it"
         )
     return ids
 
@@ -66,16 +65,22 @@ def _to_ids(
     raw: bool,
     variables: Mapping[str, Any],
 ) -> list[int]:
-    if isinstance(prompt, str):
-        if raw or not (tokenizer.has_template or system or tools):
-            _refuse_with_raw(system=system, tools=tools, template_variables=variables)
-            return tokenizer.encode(prompt)
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise OptionError(f"prompt is a {type(prompt).__name__}, expected text, a list of ids or a list of messages")
+    if isinstance(prompt, str) and (raw or not (tokenizer.has_template or system or tools)):
+        _refuse_with_raw(system=system, tools=tools, template_variables=variables)
+        return tokenizer.encode(prompt)
+    if not prompt:
+        return []
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
         _refuse_with_raw(system=system, tools=tools, template_variables=variables)
         return [int(item) for item in prompt]  # type: ignore[arg-type]
+    if raw:
+        raise OptionError(
+            "raw was given with messages, expected text or ids; leave raw out, a template renders messages"
+        )
     messages: list[Any] = list(prompt)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

@@ -34,6 +34,8 @@ class Model(Module):
 
     Attributes:
         sampling: how tokens are drawn when the caller says nothing; `load` puts the model card's values here.
+        max_context: tokens a row may hold; at most the config's.
+        kv_bits: 8 or 4 where keys and values are quantised unless a call says otherwise.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Model(Module):
             self.lm_head = lm_head
         self.dtype = dtype
         self.sampling = SamplingParams()
+        self.max_context = config.max_context
+        self.kv_bits: int | None = None
 
     def __call__(
         self, tokens: mx.array, state: State | None = None, *, lengths: Sequence[int] | None = None
@@ -96,8 +100,16 @@ class Model(Module):
         return self.lm_head(hidden) if "lm_head" in self else self.embed_tokens.as_linear(hidden)
 
     def new_state(self, batch_size: int = 1, *, kv_bits: int | None = None) -> State:
-        """A state for `batch_size` rows that have seen nothing; `kv_bits` 8 or 4 quantises keys and values."""
-        return State.empty(self.config, batch_size, dtype=self.dtype, kv_bits=kv_bits)
+        """A state for `batch_size` rows that have seen nothing.
+
+        Args:
+            batch_size: number of rows.
+            kv_bits: 8 or 4 to quantise keys and values; None takes the model's `kv_bits`.
+        """
+        bits = kv_bits if kv_bits is not None else self.kv_bits
+        state = State.empty(self.config, batch_size, dtype=self.dtype, kv_bits=bits)
+        state.max_context = self.max_context
+        return state
 
     @property
     def num_bytes(self) -> int:

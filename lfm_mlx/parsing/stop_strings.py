@@ -31,11 +31,12 @@ class StopStrings:
         if self.is_found:
             return ""
         text = self._held + text
-        at = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
-        if at >= 0:
+        # The one that is complete first wins, of those the longest: the same one however the text was cut.
+        found = min(((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
             self.is_found = True
             self._held = ""
-            return text[:at]
+            return text[: found[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,0 +1,59 @@
+"""One row's tokens with the state they left, and the places it can go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lfm_mlx.cache.state import Mark, State
+
+MAX_MARKS = 256
+"""Places remembered; of LFM2.5-8B-A1B each costs 147 kB."""
+
+
+class Transcript:
+    """A state of one row that a later, partly equal prompt can continue from.
+
+    Args:
+        state: a state of one row that has seen nothing.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.ids: list[int] = []
+        self._marks: list[Mark] = []
+        self._beginning = state.mark()
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Go back to the furthest place that `prompt` shares with what was seen.
+
+        Returns:
+            How many of the prompt's tokens need not be computed again; always fewer than all of them.
+        """
+        shared = min(_common_length(self.ids, prompt), len(prompt) - 1)
+        if shared < len(self.ids):
+            usable = [mark for mark in self._marks if mark.lengths[0] <= shared]
+            place = usable[-1] if usable else self._beginning
+            self.state.rewind(place)
+            self._marks = usable
+            self.ids = self.ids[: place.lengths[0]]
+        return len(self.ids)
+
+    def record(self, ids: Sequence[int]) -> None:
+        """Note tokens that the state has taken in."""
+        self.ids += ids
+
+    def mark(self) -> None:
+        """Make the present place one to go back to; of too many, every second one of the older half is dropped."""
+        if self._marks and self._marks[-1].lengths == self.state.lengths:
+            return
+        self._marks.append(self.state.mark())
+        if len(self._marks) > MAX_MARKS:
+            older, newer = self._marks[: MAX_MARKS // 2], self._marks[MAX_MARKS // 2 :]
+            for mark in older[::2]:
+                self.state.forget(mark)
+            self._marks = older[1::2] + newer
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)

@@ -1,0 +1,110 @@
+"""What is asked of the engine for one row, and what has become of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm_mlx.cache import Transcript
+from lfm_mlx.sampling import Sampler
+from lfm_mlx.types import FinishReason, SamplingParams
+
+PackedMask = npt.NDArray[np.int32]
+"""One bit a token of the vocabulary, least significant first: 1 where it may be drawn."""
+
+
+class RowControl(Protocol):
+    """Decides on the host, token by token, what a row may write next."""
+
+    def mask(self) -> PackedMask | None:
+        """The tokens allowed next; None allows all."""
+        ...
+
+    def forced(self) -> int | None:
+        """The token that has to come next, whatever is drawn; None leaves it to the sampler."""
+        ...
+
+    def observe(self, token_id: int) -> FinishReason | None:
+        """Take note of the token that came; returns why the row ends with it, or None to go on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Args:
+        prompt: token ids, at least one.
+        sampling: how tokens are drawn.
+        max_tokens: most tokens to generate.
+        stop_ids: tokens that end the answer.
+        control: grammar, thinking budget and the like; None lets the model write what it wants.
+        transcript: earlier tokens to continue from where they are equal; it holds all tokens afterwards.
+        border_ids: tokens in front of which the transcript is marked: where messages begin.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    control: RowControl | None = None
+    transcript: Transcript | None = None
+    border_ids: frozenset[int] = frozenset()
+
+
+class Row:
+    """One request on its way through the engine.
+
+    Attributes:
+        request: what was asked.
+        sampler: draws its tokens until it joins others.
+        generated: the tokens so far, a stop token included.
+        finish_reason: why it ended; None while it goes on.
+        cached_tokens: prompt tokens that did not have to be computed.
+    """
+
+    def __init__(self, request: Request, vocab_size: int) -> None:
+        self.request = request
+        self.sampler = Sampler([request.sampling], vocab_size)
+        self.generated: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.cached_tokens = 0
+        self.is_cancelled = False
+        self.started_s = time.perf_counter()
+        self.first_s: float | None = None
+        self.last_s = self.started_s
+
+    def cancel(self) -> None:
+        """End the row after the step that is being computed; may be called from any thread."""
+        self.is_cancelled = True
+
+    @property
+    def seed(self) -> int:
+        """The seed in use, given or drawn."""
+        return self.sampler.seeds[0]
+
+    def take(self, token_id: int) -> None:
+        """Note a generated token and whether the row ends with it."""
+        self.generated.append(token_id)
+        self.last_s = time.perf_counter()
+        self.first_s = self.first_s or self.last_s
+        control = self.request.control
+        wish = control.observe(token_id) if control is not None else None
+        if token_id in self.request.stop_ids:
+            self.finish_reason = "stop"
+        elif wish is not None:
+            self.finish_reason = wish
+        elif len(self.generated) >= self.request.max_tokens:
+            self.finish_reason = "length"
+        elif self.is_cancelled:
+            self.finish_reason = "cancelled"
+
+    @property
+    def is_at_last_token(self) -> bool:
+        """Whether the token drawn next is the last one allowed."""
+        return len(self.generated) + 1 >= self.request.max_tokens
