@@ -16,8 +16,8 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 """One tool in OpenAI's form or as a bare function object (name, description, parameters)."""
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""Why a generation ended: a stop token or string, ``max_tokens`` or the context, or the caller."""
+FinishReason = Literal["stop", "length", "cancelled", "repetition"]
+"""Why a generation ended: a stop token or string, ``max_tokens`` or the context, the caller, or the loop guard."""
 
 
 @dataclass(frozen=True, kw_only=True)

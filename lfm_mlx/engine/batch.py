@@ -66,8 +66,26 @@ class Batch:
         self.sampler_state = self.sampler.advance(self.sampler_state, self.ids)
         mx.async_eval(logits, self.sampler_state, self.state.arrays)
         self._hand_out()
+        if len(self.rows) == 1:
+            logits = self._fast_forward(stepper, logits)
         self.ids = draw(self.rows, logits, self.sampler, self.sampler_state)
         mx.async_eval(self.ids)
+
+    def _fast_forward(self, stepper: Stepper, logits: mx.array) -> mx.array:
+        """Take several forced tokens of the only row in one pass; returns the logits after them."""
+        (row,) = self.rows
+        control = row.request.control
+        forced = control.forced() if control is not None and row.finish_reason is None else ()
+        if len(forced) < 2:
+            return logits
+        taken: list[int] = []
+        for token_id in forced:
+            row.take(token_id)
+            taken.append(token_id)
+            self.sampler_state = self.sampler.advance(self.sampler_state, mx.array([token_id], dtype=mx.uint32))
+            if row.finish_reason is not None:
+                break
+        return stepper.model.head(stepper.extend(self.state, mx.array([taken], dtype=mx.int32)))
 
     def _hand_out(self) -> None:
         tokens = self.ids.tolist()
@@ -79,7 +97,7 @@ class Batch:
 def draw(rows: Sequence[Row], logits: mx.array, sampler: Sampler, sampler_state: SamplerState) -> mx.array:
     """The next token of each row, ``(B,)``, under the rows' masks and with forced tokens in place of drawn ones."""
     controls = [row.request.control if row.finish_reason is None else None for row in rows]
-    forced = [control.forced() if control is not None else None for control in controls]
+    forced = [next(iter(control.forced()), None) if control is not None else None for control in controls]
     masks = [
         control.mask() if control is not None and token_id is None else None
         for control, token_id in zip(controls, forced, strict=True)

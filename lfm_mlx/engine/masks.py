@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from lfm_mlx.constrain import unpack
 from lfm_mlx.engine.request import PackedMask
 
 WORD_BITS = 32
@@ -17,11 +18,9 @@ def batch_mask(masks: Sequence[PackedMask | None], vocab_size: int) -> mx.array 
     if all(mask is None for mask in masks):
         return None
     num_words = -(-vocab_size // WORD_BITS)
-    packed = np.full((len(masks), num_words), -1, dtype=np.int32)
+    packed = np.full((len(masks), num_words), 0xFFFFFFFF, dtype=np.uint32)
     for row, mask in enumerate(masks):
         if mask is not None:
             packed[row] = 0
             packed[row, : min(mask.size, num_words)] = mask.reshape(-1)[:num_words]
-    words = mx.array(packed.view(np.uint32))
-    bits = (words[..., None] >> mx.arange(WORD_BITS, dtype=mx.uint32)) & 1
-    return bits.astype(mx.bool_).reshape(len(masks), -1)[:, :vocab_size]
+    return unpack(mx.array(packed), vocab_size)

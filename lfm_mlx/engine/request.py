@@ -14,7 +14,7 @@ from lfm_mlx.cache import Transcript
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.types import FinishReason, SamplingParams
 
-PackedMask = npt.NDArray[np.int32]
+PackedMask = npt.NDArray[np.uint32]
 """One bit a token of the vocabulary, least significant first: 1 where it may be drawn."""
 
 
@@ -25,8 +25,8 @@ class RowControl(Protocol):
         """The tokens allowed next; None allows all."""
         ...
 
-    def forced(self) -> int | None:
-        """The token that has to come next, whatever is drawn; None leaves it to the sampler."""
+    def forced(self) -> Sequence[int]:
+        """The tokens that have to come next, whatever is drawn; none leaves the next one to the sampler."""
         ...
 
     def observe(self, token_id: int) -> FinishReason | None:

@@ -116,10 +116,13 @@ class Script:
     def mask(self) -> PackedMask | None:
         bits = np.zeros(128, dtype=np.uint8)
         bits[:VOCAB_SIZE:2] = 1
-        return np.packbits(bits, bitorder="little").view(np.int32)
+        return np.packbits(bits, bitorder="little").view(np.uint32)
 
-    def forced(self) -> int | None:
-        return self.forced_at.get(len(self.seen))
+    def forced(self) -> list[int]:
+        run = []
+        while (token_id := self.forced_at.get(len(self.seen) + len(run))) is not None:
+            run.append(token_id)
+        return run
 
     def observe(self, token_id: int) -> FinishReason | None:
         self.seen.append(token_id)
@@ -151,7 +154,7 @@ def test_a_forced_token_counts_for_the_penalties_and_the_drawn_one_does_not(mode
 
 
 def test_a_batch_mask_is_one_where_a_row_has_none() -> None:
-    mask = np.array([0b101, 1 << 31, 0, 0], dtype=np.uint32).view(np.int32)
+    mask = np.array([0b101, 1 << 31, 0, 0], dtype=np.uint32)
     unpacked = batch_mask([None, mask], VOCAB_SIZE)
     assert unpacked is not None
     assert unpacked.shape == (2, VOCAB_SIZE)

@@ -1,0 +1,362 @@
+"""JSON schemas to rules for literals: Python's spelling, as LFM writes arguments, or JSON's.
+
+What is written here directly: types, enum, const, string lengths, integer bounds, arrays, objects, anyOf, disjoint
+oneOf and references, also recursive ones. The rest (pattern, format, allOf, ...) goes to llguidance's own `%json`,
+whose output is a literal in both spellings: JSON strings without `\\u` and `\\/` are Python strings, and the words
+true, false and null are kept out of the places where they are none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from lfm_mlx.constrain.integer_range import integer_range
+from lfm_mlx.constrain.lark_rules import LarkRules, either, pattern, quoted
+from lfm_mlx.constrain.schema_check import (
+    ANNOTATIONS,
+    JSON_TYPES,
+    Schema,
+    check_compiles,
+    enforceable,
+    resolve,
+    subschemas,
+)
+from lfm_mlx.errors import OptionError
+
+Form = Literal["pythonic", "json"]
+
+COMMA = pattern(", ?")
+_JSON_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+_NUMBER = r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,2})?"
+_PLAIN = {"'": r"[^'\\\x00-\x1f\x7f]", '"': r"[^\"\\\x00-\x1f\x7f]"}
+_ESCAPE = {"pythonic": r"\\[\\\"'nrt]", "json": r"\\[\\\"nrtbf]"}
+_WORDS = {True: "True", False: "False", None: "None"}
+_STRING_KEYS = {"minLength", "maxLength"}
+_ARRAY_KEYS = {"items", "prefixItems", "minItems", "maxItems"}
+_OBJECT_KEYS = {"properties", "required", "additionalProperties", "minProperties", "maxProperties"}
+_SHAPE_KEYS = {"anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
+_KEYS_BY_TYPE = {
+    "string": _STRING_KEYS | {"pattern", "format"},
+    "array": _ARRAY_KEYS,
+    "object": _OBJECT_KEYS | {"patternProperties"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "boolean": set(),
+    "null": set(),
+}
+
+
+class LiteralGrammar:
+    """Writes rules for the values of one root schema.
+
+    Args:
+        rules: where rules are written.
+        root: what references in it start from.
+        form: the spelling.
+        name: what errors call the root.
+    """
+
+    def __init__(self, rules: LarkRules, root: Schema, form: Form, name: str) -> None:
+        self._rules = rules
+        self._root = root
+        self._form = form
+        self._name = name
+        self._references: dict[tuple[str, bool], str] = {}
+
+    def value(self, schema: Schema, *, is_inner: bool = True) -> str:
+        """The name of a rule for the values that `schema` allows.
+
+        Args:
+            schema: has passed `check_schema`.
+            is_inner: inside a container, where the Pythonic form takes `true` as well as `True`.
+        """
+        if schema is False:
+            raise OptionError(f"{self._name}: a value's schema is false, which allows none; remove the parameter")
+        schema = {} if schema is True else schema
+        asked = {key: value for key, value in schema.items() if not _is_annotation(key)}
+        shape = _SHAPE_KEYS & asked.keys()
+        if not asked:
+            return self._anything(is_inner)
+        if not shape:
+            return self._rules.rule(either(self._typed(asked, is_inner)))
+        if len(asked.keys() - {"type"}) > 1 or (len(asked) > 1 and shape & {"$ref", "anyOf", "oneOf", "allOf"}):
+            return self._delegate(schema, is_inner)
+        return self._rules.rule(self._shaped(asked, shape.pop(), is_inner))
+
+    def _shaped(self, asked: Mapping[str, Any], key: str, is_inner: bool) -> str:
+        value = asked[key]
+        if key in ("enum", "const"):
+            values = value if key == "enum" else [value]
+            return either(self._constants(values, asked.get("type"), is_inner))
+        if key == "$ref":
+            return self._reference(value, is_inner)
+        if key == "allOf" and len(value) == 1:
+            return self.value(value[0], is_inner=is_inner)
+        if key == "anyOf" or (key == "oneOf" and self._are_disjoint(value)):
+            return either(self.value(one, is_inner=is_inner) for one in value if one is not False)
+        return self._delegate({key: value}, is_inner)
+
+    def _reference(self, reference: str, is_inner: bool) -> str:
+        key = (reference, is_inner)
+        if key not in self._references:
+            name = self._references[key] = self._rules.reserve()
+            target: Any = resolve(reference, self._root)
+            self._rules.define(name, self.value(target, is_inner=is_inner))
+        return self._references[key]
+
+    def _anything(self, is_inner: bool) -> str:
+        """Any value: a rule that comes back to itself within containers."""
+        key = ("", is_inner)
+        if key not in self._references:
+            name = self._references[key] = self._rules.reserve()
+            self._rules.define(name, either(self._typed({}, is_inner)))
+        return self._references[key]
+
+    def _typed(self, asked: Mapping[str, Any], is_inner: bool) -> list[str]:
+        types = asked.get("type", JSON_TYPES)
+        types = [types] if isinstance(types, str) else list(types)
+        if "number" in types:
+            types = [one for one in types if one != "integer"]
+        return [self._one_type(one, asked, is_inner) for one in types]
+
+    def _one_type(self, kind: str, asked: Mapping[str, Any], is_inner: bool) -> str:
+        own = {key: value for key, value in asked.items() if key in _KEYS_BY_TYPE[kind]}
+        if kind == "boolean":
+            return self._rules.terminal(either(map(quoted, self._words([True, False], is_inner))))
+        if kind == "null":
+            return self._rules.terminal(either(map(quoted, self._words([None], is_inner))))
+        if kind == "string" and own.keys() <= _STRING_KEYS:
+            return self._string(own.get("minLength", 0), own.get("maxLength"))
+        if kind == "number" and not own:
+            return self._rules.terminal(pattern(_NUMBER))
+        if kind == "integer" and "multipleOf" not in own:
+            return self._integer(own)
+        if kind == "array":
+            return self._array(own)
+        if kind == "object" and self._is_plain_object(own):
+            return self._object(own)
+        return self._delegate({"type": kind, **own}, is_inner)
+
+    def _integer(self, own: Mapping[str, Any]) -> str:
+        low = [math.ceil(own["minimum"])] if "minimum" in own else []
+        low += [math.floor(own["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in own else []
+        high = [math.floor(own["maximum"])] if "maximum" in own else []
+        high += [math.ceil(own["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in own else []
+        regex = integer_range(max(low, default=None), min(high, default=None))
+        if regex is None:
+            raise OptionError(f"{self._name}: no integer lies between minimum {max(low)} and maximum {min(high)}")
+        return self._rules.terminal(pattern(regex))
+
+    def _words(self, values: Sequence[bool | None], is_inner: bool) -> list[str]:
+        python = [_WORDS[value] for value in values] if self._form == "pythonic" else []
+        return python + ([json.dumps(value) for value in values] if is_inner or self._form == "json" else [])
+
+    @property
+    def _quotes(self) -> str:
+        return "\"'" if self._form == "pythonic" else '"'
+
+    def _string(self, minimum: float, maximum: float | None) -> str:
+        low, high = int(minimum), "" if maximum is None else int(maximum)
+        repeat = "*" if (low, high) == (0, "") else f"{{{low},{high}}}"
+        escape = _ESCAPE[self._form]
+        return self._rules.terminal(
+            pattern("|".join(f"{quote}({_PLAIN[quote]}|{escape}){repeat}{quote}" for quote in self._quotes))
+        )
+
+    def _array(self, own: Mapping[str, Any]) -> str:
+        prefix: Sequence[Schema] = own.get("prefixItems", [])
+        items: Schema = own.get("items", True)
+        low = int(own.get("minItems", 0))
+        high = int(own["maxItems"]) if "maxItems" in own else None
+        if items is False:
+            high = len(prefix) if high is None else min(high, len(prefix))
+        if high is not None and low > high:
+            raise OptionError(f"{self._name}: minItems is {low} and at most {high} items are possible; no array fits")
+        if high == 0:
+            return self._rules.rule('"[" "]"')
+        # The first item has no comma before it, so it is spelled out even where there is no prefix.
+        heads = [*(prefix or [items])][:high]
+        body = ""
+        if high is None or high > len(heads):
+            limit = "" if high is None else high - len(heads)
+            body = f"({COMMA} {self.value(items)}){{{max(low - len(heads), 0)},{limit}}}"
+        for index in reversed(range(len(heads))):
+            body = f"{COMMA if index else ''} {self.value(heads[index])} {body}"
+            body = body if index < low else f"({body})?"
+        return self._rules.rule(f'"[" {body} "]"')
+
+    def _is_plain_object(self, own: Mapping[str, Any]) -> bool:
+        """Whether every property is named, or every one is free: where both mix, llguidance keeps the keys apart."""
+        named = {*own.get("properties", {}), *own.get("required", ())}
+        extra = own.get("additionalProperties")
+        num_required = len(set(own.get("required", ())))
+        if "patternProperties" in own or (named and extra not in (None, False)):
+            return False
+        if named:
+            return own.get("minProperties", 0) <= num_required and bool(
+                own.get("maxProperties", len(named)) >= len(named)
+            )
+        return True
+
+    def _object(self, own: Mapping[str, Any]) -> str:
+        members = property_schemas(own)
+        if not members:
+            return self._map(own)
+        required = set(own.get("required", ()))
+        pairs = [
+            (f"{self._key(key)} {self.value(schema)}", key in required)
+            for key, schema in members.items()
+            if schema is not False or key in required
+        ]
+        return self._rules.rule(f'"{{" {sequence(self._rules, pairs)} "}}"')
+
+    def _map(self, own: Mapping[str, Any]) -> str:
+        """An object with free keys."""
+        extra: Schema = own.get("additionalProperties", True)
+        low, high = int(own.get("minProperties", 0)), own.get("maxProperties")
+        if extra is False or high == 0:
+            return self._rules.rule('"{" "}"')
+        free_key = pattern("|".join(f"{quote}{_PLAIN[quote]}*{quote}" for quote in self._quotes))
+        pair = self._rules.rule(f"{self._rules.terminal(free_key + ' ' + pattern(': ?'))} {self.value(extra)}")
+        limit = "" if high is None else str(int(high) - 1)
+        body = f"{pair} ({COMMA} {pair}){{{max(low - 1, 0)},{limit}}}"
+        return self._rules.rule(f'"{{" {body} "}}"' if low else f'"{{" ({body})? "}}"')
+
+    def _key(self, key: str) -> str:
+        return self._rules.terminal(f"{either(map(quoted, self._spellings(key)))} {pattern(': ?')}")
+
+    def _spellings(self, text: str) -> list[str]:
+        return [spell_string(text, quote) for quote in self._quotes]
+
+    def _constants(self, values: Sequence[Any], types: Any, is_inner: bool) -> Iterable[str]:
+        allowed = JSON_TYPES if types is None else [types] if isinstance(types, str) else types
+        values = [value for value in values if _type_of(value) & set(allowed)]
+        if not values:
+            raise OptionError(f"{self._name}: no value of an enum is of its type {types!r}; correct one of them")
+        scalars = [text for value in values for text in self._scalar(value, is_inner)]
+        yield from [self._rules.terminal(either(map(quoted, scalars)))] if scalars else []
+        yield from (self._container(value) for value in values if isinstance(value, (list, tuple, Mapping)))
+
+    def _scalar(self, value: Any, is_inner: bool) -> list[str]:
+        if isinstance(value, str):
+            return self._spellings(value)
+        if value is None or isinstance(value, bool):
+            return self._words([value], is_inner)
+        return [json.dumps(value)] if isinstance(value, (int, float)) else []
+
+    def _container(self, value: Any) -> str:
+        if isinstance(value, Mapping):
+            pairs = [(f"{self._key(key)} {self.value({'const': inner})}", True) for key, inner in value.items()]
+            return self._rules.rule(f'"{{" {sequence(self._rules, pairs)} "}}"')
+        pairs = [(self.value({"const": inner}), True) for inner in value]
+        return self._rules.rule(f'"[" {sequence(self._rules, pairs)} "]"')
+
+    def _delegate(self, schema: Mapping[str, Any], is_inner: bool) -> str:
+        """Let llguidance write the schema, in JSON's spelling."""
+        root = self._root if isinstance(self._root, Mapping) else {}
+        asked = {key: value for key, value in schema.items() if not _is_annotation(key)}
+        whole: dict[str, Any] = {**{key: root[key] for key in ("$defs", "definitions") if key in root}, **asked}
+        if (
+            not is_inner
+            and self._form == "pythonic"
+            and asked.get("type") not in ("string", "integer", "number", "array", "object")
+        ):
+            others = {"type": ["string", "number", "array", "object"]}
+            whole["allOf"] = [*whole.get("allOf", []), others]
+        for pointer, inner in subschemas(whole):
+            reference = inner.get("$ref", "#/$defs/") if isinstance(inner, Mapping) else "#/$defs/"
+            if not reference.startswith(("#/$defs/", "#/definitions/")):
+                raise OptionError(
+                    f"{self._name}: {pointer}/$ref is {reference!r}, expected '#/$defs/name' next to the keywords that "
+                    f"are used there ({', '.join(asked)}); move the schema it points to into $defs"
+                )
+        check_compiles(whole, f"{self._name} (in part)")
+        return self._rules.rule(f"%json {json.dumps({'x-guidance': _JSON_OPTIONS, **enforceable(whole)})}")
+
+    def _are_disjoint(self, schemas: Sequence[Schema]) -> bool:
+        """Whether no value can match two of the schemas, judged by their types alone."""
+        seen: set[str] = set()
+        for schema in schemas:
+            kinds = self._kinds(schema, 8)
+            if seen & kinds:
+                return False
+            seen |= kinds
+        return True
+
+    def _kinds(self, schema: Schema, depth: int) -> set[str]:
+        """The types that a schema's values may have; an integer counts as a number."""
+        everything = set(JSON_TYPES) - {"integer"}
+        if isinstance(schema, bool) or not depth:
+            return set() if schema is False else everything
+        if "$ref" in schema:
+            target: Any = resolve(schema["$ref"], self._root)
+            return self._kinds(target, depth - 1)
+        if "const" in schema or "enum" in schema:
+            values = schema.get("enum", [schema.get("const")])
+            return {kind for value in values for kind in _type_of(value)} - {"integer"}
+        types = schema.get("type", everything)
+        return {"number" if one == "integer" else one for one in ([types] if isinstance(types, str) else types)}
+
+
+def property_schemas(own: Mapping[str, Any]) -> dict[str, Schema]:
+    """The named properties of an object schema in order, those that are only required last."""
+    extra: Schema = own.get("additionalProperties", True)
+    return {
+        **own.get("properties", {}),
+        **{key: extra for key in own.get("required", ()) if key not in own.get("properties", {})},
+    }
+
+
+def sequence(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> str:
+    """The body for members in this order, separated by commas; a member is a body and whether it must be there."""
+    first = next((index for index, (_, is_required) in enumerate(members) if is_required), None)
+    if first is None:
+        return f"({either(_openings(rules, members))})?" if members else ""
+    body = f"{members[first][0]} {_followers(rules, members[first + 1 :])}"
+    for text, _ in reversed(members[:first]):
+        # What stands before the first required member brings its own comma.
+        body = f"({text} {COMMA})? {body}"
+    return body
+
+
+def _followers(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> str:
+    return " ".join(f"{rules.rule(f'{COMMA} {text}')}{'' if is_required else '?'}" for text, is_required in members)
+
+
+def _openings(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> list[str]:
+    """Each way to begin where all members are optional; the ends are shared."""
+    bodies = []
+    rest = ""
+    for text, _ in reversed(members):
+        bodies.append(f"{text} {rest}")
+        rest = rules.rule(f"{rules.rule(f'{COMMA} {text}')}? {rest}")
+    return bodies[::-1]
+
+
+def spell_string(text: str, quote: str) -> str:
+    """`text` as a string literal that reads back exactly, in Python and, with double quotes, in JSON."""
+    escapes = {"\\": "\\\\", quote: "\\" + quote, "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return (
+        quote + "".join(escapes.get(c) or (f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c) for c in text) + quote
+    )
+
+
+def _type_of(value: Any) -> set[str]:
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, (int, float)):
+        return {"number", "integer"} if value == int(value) else {"number"}
+    names: list[tuple[Any, str]] = [(str, "string"), (Mapping, "object"), ((list, tuple), "array")]
+    return next(({name} for kind, name in names if isinstance(value, kind)), {"null"})
+
+
+def _is_annotation(key: str) -> bool:
+    return key in ANNOTATIONS or key.startswith("x-") or key in ("$defs", "definitions")

@@ -1,0 +1,310 @@
+"""Refuses, by keyword and place, what a JSON schema asks for and no grammar here can enforce."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from llguidance import LLMatcher
+
+from lfm_mlx.constrain.string_formats import NATIVE, PATTERNS, with_format_pattern
+from lfm_mlx.errors import OptionError
+
+Schema = Mapping[str, Any] | bool
+
+JSON_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
+FORMATS = (*PATTERNS, *NATIVE)
+MAX_DEPTH = 64
+
+ANNOTATIONS = frozenset(
+    (
+        "title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
+        "$schema", "$id", "id", "$anchor", "nullable", "discriminator", "externalDocs", "xml", "strict",
+        "contentEncoding", "contentMediaType", "contentSchema",
+    )
+)  # fmt: skip
+"""Keywords that say nothing about which values are valid."""
+
+UNSUPPORTED = frozenset(
+    (
+        "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames",
+        "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
+        "additionalItems", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary",
+    )
+)  # fmt: skip
+"""Keywords of JSON Schema that a token grammar cannot enforce."""
+
+_SCHEMA_KEYS = ("items", "additionalProperties")
+_SCHEMA_LIST_KEYS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMA_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+
+# For grammars: one spelling per string, so that a key cannot hide behind an escape; whitespace that comes to an end.
+COMPILE_OPTIONS = {"json_allowed_escapes": 'nrbtf\\"', "whitespace_pattern": r" |\n( {0,32}|\t{0,8})"}
+
+
+def check_schema(schema: object, name: str = "schema") -> None:
+    """Raise OptionError unless every keyword of `schema` will be enforced or is an annotation.
+
+    Args:
+        schema: a JSON schema, draft 2020-12; older drafts where they mean the same.
+        name: what the error calls it; keyword places follow as a JSON pointer, as in `schema#/properties/a/not`.
+    """
+    _check_is_json(schema, name)
+    for pointer, subschema in subschemas(schema, name):
+        _check_keywords(subschema, f"{name}#{pointer}")
+        _check_reference(subschema, schema, f"{name}#{pointer}")
+
+
+def check_compiles(schema: Schema, name: str = "schema") -> None:
+    """Raise OptionError unless llguidance makes a grammar of `schema`, naming the innermost part that it refuses."""
+    reason = _refusal(schema)
+    if not reason:
+        return
+    definitions = {
+        key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, Mapping) and key in schema
+    }
+    for pointer, subschema in reversed(list(subschemas(schema, name))):
+        if isinstance(subschema, Mapping) and "$ref" not in subschema:
+            inner_reason = _refusal({**definitions, **subschema})
+            if inner_reason:
+                raise OptionError(f"{name}#{pointer}: {inner_reason}; write this part of the schema in another way")
+    raise OptionError(f"{name}: {reason}; write the schema in another way")
+
+
+def subschemas(schema: object, name: str = "schema") -> Iterator[tuple[str, object]]:
+    """Every schema within `schema` with its JSON pointer, the outer ones first.
+
+    Raises:
+        OptionError: the nesting is deeper than 64.
+    """
+    waiting: list[tuple[str, object, int]] = [("", schema, 0)]
+    while waiting:
+        pointer, current, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise OptionError(f"{name}#{pointer} is nested more than {MAX_DEPTH} deep; move inner parts to $defs")
+        yield pointer, current
+        if isinstance(current, Mapping):
+            inner = [(f"{pointer}/{key}", value, depth + 1) for key, value in _inner_schemas(current)]
+            waiting.extend(reversed(inner))
+
+
+def _inner_schemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for key, value in schema.items():
+        if key in _SCHEMA_KEYS:
+            yield key, value
+        elif key in _SCHEMA_LIST_KEYS and isinstance(value, Sequence) and not isinstance(value, str):
+            yield from ((f"{key}/{index}", item) for index, item in enumerate(value))
+        elif key in _SCHEMA_MAP_KEYS and isinstance(value, Mapping):
+            yield from ((f"{key}/{escape_pointer(part)}", item) for part, item in value.items())
+
+
+def escape_pointer(part: str) -> str:
+    """One step of a JSON pointer."""
+    return part.replace("~", "~0").replace("/", "~1") if "~" in part or "/" in part else part
+
+
+def resolve(reference: str, root: object) -> object:
+    """What a reference such as `#/$defs/a` points to in `root`.
+
+    Raises:
+        LookupError: nothing is there.
+    """
+    current = root
+    for step in reference[1:].split("/")[1:]:
+        part = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(current, Mapping):
+            current = current[part]
+        elif isinstance(current, Sequence) and not isinstance(current, str) and part.isdecimal():
+            current = current[int(part)]
+        else:
+            raise LookupError(part)
+    return current
+
+
+def _check_is_json(schema: object, name: str) -> None:
+    try:
+        json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"{name} is not JSON: {error}; give what json.loads returns") from error
+
+
+def _check_keywords(schema: object, place: str) -> None:
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, Mapping):
+        raise OptionError(f"{place} is {schema!r:.60}, expected a schema: an object, true or false")
+    for keyword, value in schema.items():
+        if keyword in UNSUPPORTED:
+            raise OptionError(
+                f"{place}/{keyword}: the keyword {keyword!r} is not supported, as no grammar can enforce it; "
+                "remove it and check the finished answer"
+            )
+        if keyword in _VALUE_CHECKS:
+            expected, is_valid = _VALUE_CHECKS[keyword]
+            if not is_valid(value):
+                raise OptionError(f"{place}/{keyword} is {value!r:.60}, expected {expected}")
+        elif keyword not in ANNOTATIONS and (not keyword.startswith("x-") or keyword == "x-guidance"):
+            raise OptionError(
+                f"{place}/{escape_pointer(str(keyword))}: unknown keyword {keyword!r}{_nearest(keyword)}; remove it"
+            )
+    _check_format(schema, place)
+    _check_num_properties(schema, place)
+
+
+def _check_format(schema: Mapping[str, Any], place: str) -> None:
+    """A format is about strings alone; where no string is possible it says nothing (`int32`)."""
+    types = schema.get("type", "string")
+    applies = "string" in ([types] if isinstance(types, str) else types)
+    if applies and "format" in schema and schema["format"] not in FORMATS:
+        raise OptionError(
+            f"{place}/format: the format {schema['format']!r} is not supported, expected one of "
+            f"{', '.join(FORMATS)}; remove it or write a pattern"
+        )
+
+
+def _check_num_properties(schema: Mapping[str, Any], place: str) -> None:
+    """Free keys may repeat, so they cannot be counted: two of them may be one property."""
+    minimum = schema.get("minProperties", 0)
+    if minimum > max(1, len(set(schema.get("required", ())))):
+        raise OptionError(
+            f"{place}/minProperties is {minimum}: the keyword 'minProperties' is supported up to 1, or up to the "
+            "number of required properties; name the properties under required"
+        )
+
+
+def _check_reference(schema: object, root: object, place: str) -> None:
+    if not isinstance(schema, Mapping) or "$ref" not in schema:
+        return
+    seen = set()
+    current: object = schema
+    while isinstance(current, Mapping) and "$ref" in current:
+        reference = current["$ref"]
+        if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
+            raise OptionError(
+                f"{place}/$ref is {reference!r}: only references within the schema are supported, expected one like "
+                "'#/$defs/name'; copy what it points to into $defs"
+            )
+        if reference in seen:
+            raise OptionError(f"{place}/$ref is {reference!r}, which points to itself; expected a schema there")
+        seen.add(reference)
+        try:
+            current = resolve(reference, root)
+        except LookupError:
+            raise OptionError(f"{place}/$ref is {reference!r}, but there is nothing there; add it to $defs") from None
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of JSON text under a schema, in llguidance's form."""
+    options: Any = COMPILE_OPTIONS
+    return LLMatcher.grammar_from_json_schema(json.dumps(enforceable(schema)), overrides=options)
+
+
+def enforceable(schema: Any) -> Any:
+    """`schema` with what llguidance takes too loosely said in another way."""
+    if not isinstance(schema, Mapping):
+        return schema
+    result: dict[str, Any] = {}
+    for key, value in with_format_pattern(schema).items():
+        if key in _SCHEMA_KEYS:
+            result[key] = enforceable(value)
+        elif key in _SCHEMA_LIST_KEYS:
+            result[key] = [enforceable(item) for item in value]
+        elif key in _SCHEMA_MAP_KEYS:
+            result[key] = {name: enforceable(item) for name, item in value.items()}
+        else:
+            result[key] = value
+    return result
+
+
+def _refusal(schema: Schema) -> str:
+    """Why llguidance refuses the schema, "" if it does not."""
+    if isinstance(schema, bool):
+        return "" if schema else "the schema is false, which allows no value"
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(json_grammar(schema))
+    text = " ".join(" ".join(messages).split())
+    return text if is_error or messages else ""
+
+
+def _nearest(keyword: str) -> str:
+    close = difflib.get_close_matches(keyword, [*_VALUE_CHECKS, *ANNOTATIONS], 1)
+    return f", the nearest known one is {close[0]!r}" if close else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return _is_number(value) and value >= 0 and value == int(value)  # type: ignore[operator, call-overload]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0
+
+
+def _is_type(value: object) -> bool:
+    types = [value] if isinstance(value, str) else value
+    return _is_list(types) and all(one in JSON_TYPES for one in types)  # type: ignore[attr-defined]
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_anything(value: object) -> bool:
+    return True
+
+
+def _is_schema(value: object) -> bool:
+    return isinstance(value, (Mapping, bool))
+
+
+_Check = tuple[str, Callable[[object], bool]]
+_COUNT: _Check = ("a whole number of at least 0", _is_count)
+_NUMBER: _Check = ("a number", _is_number)
+_TEXT: _Check = ("a string", _is_text)
+_SCHEMA: _Check = ("one schema (a list of schemas is prefixItems)", _is_schema)
+_SCHEMAS: _Check = ("a list of at least one schema", _is_list)
+_SCHEMA_MAP: _Check = ("an object of schemas", _is_map)
+
+_VALUE_CHECKS: Mapping[str, _Check] = {
+    "type": (f"a type or a list of types out of {', '.join(JSON_TYPES)}", _is_type),
+    "enum": ("a list of at least one value", _is_list),
+    "const": ("a value", _is_anything),
+    "minLength": _COUNT,
+    "maxLength": _COUNT,
+    "minItems": _COUNT,
+    "maxItems": _COUNT,
+    "minProperties": _COUNT,
+    "maxProperties": _COUNT,
+    "minimum": _NUMBER,
+    "maximum": _NUMBER,
+    "exclusiveMinimum": _NUMBER,
+    "exclusiveMaximum": _NUMBER,
+    "multipleOf": ("a number above 0", lambda value: _is_number(value) and value > 0),  # type: ignore[operator]
+    "pattern": _TEXT,
+    "format": _TEXT,
+    "$ref": _TEXT,
+    "required": ("a list of names", _is_names),
+    "items": _SCHEMA,
+    "additionalProperties": _SCHEMA,
+    "anyOf": _SCHEMAS,
+    "oneOf": _SCHEMAS,
+    "allOf": _SCHEMAS,
+    "prefixItems": _SCHEMAS,
+    "properties": _SCHEMA_MAP,
+    "patternProperties": _SCHEMA_MAP,
+    "$defs": _SCHEMA_MAP,
+    "definitions": _SCHEMA_MAP,
+}
