@@ -1,6 +1,6 @@
 """JSON schema, regex, choices, grammars and tool calls to masks over the vocabulary, on llguidance."""
 
-from lfm_mlx.constrain.batch_mask import BatchMasks, PendingMask, unpack
+from lfm_mlx.constrain.batch_mask import BatchMasks, PendingMask
 from lfm_mlx.constrain.constraint import (
     Choice,
     Constraint,
@@ -29,5 +29,4 @@ __all__ = [
     "Regex",
     "ToolCalls",
     "grammar_tokenizer",
-    "unpack",
 ]

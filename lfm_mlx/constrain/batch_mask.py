@@ -11,6 +11,7 @@ import numpy as np
 from lfm_mlx.constrain.grammar_tokenizer import Mask
 from lfm_mlx.constrain.matcher import Matcher
 from lfm_mlx.errors import OptionError
+from lfm_mlx.sampling import unpack
 
 _ALL = np.uint32(0xFFFFFFFF)
 # From here on a second thread is worth its start: a row takes some 20 us.
@@ -79,21 +80,6 @@ class PendingMask:
         for task in self._tasks:
             task.result()
         return unpack(mx.array(self._packed), self._vocab_size) if self._tasks else None
-
-
-def unpack(packed: mx.array, vocab_size: int) -> mx.array:
-    """One bool per token of a packed mask.
-
-    Args:
-        packed: (B, ceil(V / 32)) uint32; token t is bit t % 32 of word t // 32.
-        vocab_size: V.
-
-    Returns:
-        (B, V) bool.
-    """
-    B, num_words = packed.shape
-    bits = (packed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1  # (B, V / 32, 32)
-    return bits.astype(mx.bool_).reshape(B, num_words * 32)[:, :vocab_size]
 
 
 def _fill_rows(rows: Sequence[Matcher | None], indices: Sequence[int], packed: Mask) -> None:

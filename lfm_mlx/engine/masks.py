@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from lfm_mlx.constrain import unpack
 from lfm_mlx.engine.request import PackedMask
-
-WORD_BITS = 32
+from lfm_mlx.sampling import WORD_BITS, unpack
 
 
 def batch_mask(masks: Sequence[PackedMask | None], vocab_size: int) -> mx.array | None:

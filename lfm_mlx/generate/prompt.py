@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm_mlx.errors import ContextLengthError, OptionError
+from lfm_mlx.errors import OptionError
 from lfm_mlx.model import Model
 from lfm_mlx.tokenizer import Tokenizer
 from lfm_mlx.types import Message, Tool
@@ -41,20 +41,7 @@ def prompt_ids(
         ContextLengthError: there is no room left for an answer.
         TemplateError: the messages cannot be rendered.
     """
-    ids = _to_ids(tokenizer, prompt, system, tools, raw, template_variables or {})
-    if not ids:
-        raise OptionError("prompt is empty, expected at least one token; give some text")
-    vocab_size = model.config.vocab_size
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise OptionError(
-            f"prompt has token id {wrong}, expected 0 to {vocab_size - 1}; is this the model's tokenizer?"
-        )
-    if len(ids) >= model.max_context:
-        raise ContextLengthError(
-            f"prompt has {len(ids):,} tokens, expected fewer than {model.max_context:,} ; shorten it"
-        )
-    return ids
+    return model.checked_prompt(_to_ids(tokenizer, prompt, system, tools, raw, template_variables or {}))
 
 
 def _to_ids(

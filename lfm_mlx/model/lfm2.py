@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from lfm_mlx.cache import Span, State
 from lfm_mlx.config import ModelConfig
-from lfm_mlx.errors import OptionError
+from lfm_mlx.errors import ContextLengthError, OptionError
 from lfm_mlx.model.block import Block
 from lfm_mlx.model.linear import AnyLinear, Embedding
 from lfm_mlx.model.norm import Norm
@@ -110,6 +110,27 @@ class Model(Module):
         state = State.empty(self.config, batch_size, dtype=self.dtype, kv_bits=bits)
         state.max_context = self.max_context
         return state
+
+    def checked_prompt(self, ids: Sequence[int]) -> list[int]:
+        """`ids` as a list, if the model can take them and answer.
+
+        Raises:
+            OptionError: there are none, or one is outside the vocabulary.
+            ContextLengthError: they leave no room for an answer.
+        """
+        if not ids:
+            raise OptionError("prompt is empty, expected at least one token; give some text")
+        vocab_size = self.config.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise OptionError(
+                f"prompt has token id {wrong}, expected 0 to {vocab_size - 1}; is this the model's tokenizer?"
+            )
+        if len(ids) >= self.max_context:
+            raise ContextLengthError(
+                f"prompt has {len(ids):,} tokens, expected fewer than {self.max_context:,} (the context); shorten it"
+            )
+        return list(ids)
 
     @property
     def num_bytes(self) -> int:
