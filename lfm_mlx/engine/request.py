@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from lfm_mlx.cache import Transcript
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.types import FinishReason, SamplingParams
 
-PackedMask = npt.NDArray[np.uint32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+PackedMask: TypeAlias = "npt.NDArray[np.uint32]"
 """One bit a token of the vocabulary, least significant first: 1 where it may be drawn."""
 
 
