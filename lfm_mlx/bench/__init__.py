@@ -1,0 +1,19 @@
+"""One file per question asked of the machine; each ends in one JSON line."""
+
+from lfm_mlx.bench.decode_speed import ask_decode_speed
+from lfm_mlx.bench.host_time import ask_host_time
+from lfm_mlx.bench.launch_count import ask_launches
+from lfm_mlx.bench.memory_use import ask_memory
+from lfm_mlx.bench.prefill_speed import ask_prefill_speed
+from lfm_mlx.bench.report import Report
+from lfm_mlx.bench.subject import Subject
+
+__all__ = [
+    "Report",
+    "Subject",
+    "ask_decode_speed",
+    "ask_host_time",
+    "ask_launches",
+    "ask_memory",
+    "ask_prefill_speed",
+]

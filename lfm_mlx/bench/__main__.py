@@ -1,0 +1,195 @@
+"""``python -m lfm_mlx.bench [QUESTION]``: the bench's command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lfm_mlx.bench.decode_speed import ask_decode_speed
+from lfm_mlx.bench.host_time import ask_host_time
+from lfm_mlx.bench.launch_count import ask_launches
+from lfm_mlx.bench.memory_use import ask_memory
+from lfm_mlx.bench.peer import PEERS
+from lfm_mlx.bench.plot import plot_decode
+from lfm_mlx.bench.prefill_speed import ask_prefill_speed
+from lfm_mlx.bench.report import Report
+from lfm_mlx.bench.shapes import SHAPES
+from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
+from lfm_mlx.errors import OptionError
+from lfm_mlx.terminal import run
+
+MOST = 1_000_000
+"""Larger numbers of tokens, rows or repeats are refused as slips."""
+
+
+def read_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Read "1,4,16": whole numbers above 0."""
+    if value is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,4,16") from None
+    if not all(1 <= number <= MOST for number in numbers):
+        raise click.BadParameter(f"{value!r} holds a number outside 1 to {MOST:,}")
+    return numbers
+
+
+NUMBERS: Any = {"callback": read_numbers, "metavar": "N,N,..."}
+"""What options of several numbers have in common."""
+
+COUNT = click.IntRange(1, MOST)
+
+
+def subject_options(shapes: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that name the model; `shapes` is the default geometry, None what suits the machine."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        told = "what this machine can run in minutes" if shapes is None else shapes
+        for option in (
+            click.option("--peer", type=click.Choice(PEERS), help="Do the same work with it too, taking turns."),
+            click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantise keys and values."),
+            click.option("--bits", type=click.Choice(["4", "8", "16"]), default="4", help="Bits of made-up weights."),
+            click.option("--shapes", metavar="NAME", help=f"A geometry: {', '.join(SHAPES)}.  [default: {told}]"),
+            click.option("--model", help="Folder or repo id of a checkpoint, instead of --shapes."),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.pass_context
+def group(context: click.Context) -> None:
+    """Measure this machine: each question prints a table, and one JSON line on standard output.
+
+    Without a question: a short suite of all of them, with mlx-lm beside, to be put into an issue.
+    """
+    if context.invoked_subcommand is None:
+        _run_suite()
+
+
+@group.command()
+@subject_options(LARGE_SHAPES)
+@click.option("--contexts", **NUMBERS, help="Tokens that a single row has seen.")
+@click.option("--batch-sizes", **NUMBERS, help="Numbers of rows.")
+def kernels(contexts: tuple[int, ...] | None, batch_sizes: tuple[int, ...] | None, **named: Any) -> None:
+    """Kernel launches a token, counted from the graph; runs nothing and needs no weights."""
+    subject = _subject(LARGE_SHAPES, **named)
+    _finish(ask_launches(subject, **_given(contexts=contexts, batch_sizes=batch_sizes)))
+
+
+@group.command()
+@subject_options(LARGE_SHAPES)
+@click.option("--batch-sizes", **NUMBERS, help="Numbers of rows.")
+@click.option("--repeats", type=COUNT, help="Timed steps of each side and batch size.")
+@click.option("--grown-to", type=COUNT, help="Context up to which traces are counted.")
+def host(batch_sizes: tuple[int, ...] | None, repeats: int | None, grown_to: int | None, **named: Any) -> None:
+    """Python time to build a decode step, and traces while a context grows; runs nothing and needs no weights."""
+    subject = _subject(LARGE_SHAPES, **named)
+    _finish(ask_host_time(subject, **_given(batch_sizes=batch_sizes, repeats=repeats, grown_to=grown_to)))
+
+
+@group.command()
+@subject_options(None)
+@click.option("--contexts", **NUMBERS, help="Tokens that each row has seen.")
+@click.option("--batch-sizes", **NUMBERS, help="Numbers of rows.")
+@click.option("--repeats", type=COUNT, help="Runs of each case.")
+@click.option("--tokens", "num_tokens", type=COUNT, help="Tokens a row in each run.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed against context.")
+def decode(plot: Path | None, **options: Any) -> None:
+    """Tokens/s of decoding, bytes read a second, and share of the roofline."""
+    subject, measured = _split(options)
+    report = ask_decode_speed(subject, **measured)
+    if plot is not None:
+        plot_decode(report, plot)
+    _finish(report)
+
+
+@group.command()
+@subject_options(None)
+@click.option("--lengths", **NUMBERS, help="Tokens of a prompt.")
+@click.option("--batch-sizes", **NUMBERS, help="Numbers of prompts taken at once.")
+@click.option("--repeats", type=COUNT, help="Runs of each case.")
+def prefill(**options: Any) -> None:
+    """Tokens/s of taking prompts in."""
+    subject, measured = _split(options)
+    _finish(ask_prefill_speed(subject, **measured))
+
+
+@group.command()
+@subject_options(None)
+@click.option("--context", type=COUNT, help="Tokens of the prompt.")
+@click.option("--batch-size", type=COUNT, help="Rows.")
+@click.option("--computed", type=COUNT, help="Tokens of it that are computed, the first ones being zeros.")
+def memory(**options: Any) -> None:
+    """Bytes of weights, caches, prefill and decode, beside what the planner expects."""
+    subject, measured = _split(options)
+    if subject.peer:
+        raise OptionError("peer is mlx-lm, but memory measures this process alone; leave --peer out")
+    _finish(ask_memory(subject, **measured))
+
+
+command = group
+"""What ``lfm-mlx bench`` calls."""
+
+
+def _split(options: dict[str, Any]) -> tuple[Subject, dict[str, Any]]:
+    named = {name: options.pop(name) for name in ("model", "shapes", "bits", "kv_bits", "peer")}
+    return _subject(None, **named), _given(**options)
+
+
+def _subject(
+    default: str | None,
+    model: str | None,
+    shapes: str | None,
+    bits: str,
+    kv_bits: str | None,
+    peer: str | None,
+) -> Subject:
+    if model is not None and shapes is not None:
+        raise click.UsageError("give either --model or --shapes")
+    return Subject(
+        shapes=shapes or default or default_shapes(),
+        model=model,
+        bits=int(bits),
+        kv_bits=int(kv_bits) if kv_bits else None,
+        peer=peer is not None,
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _finish(report: Report) -> None:
+    report.show()
+    report.print_json()
+
+
+def _run_suite() -> None:
+    large, here = Subject(peer=True), Subject(shapes=default_shapes(), peer=has_room_for_peer())
+    reports = []
+    for ask, subject in (
+        (ask_launches, large),
+        (ask_host_time, large),
+        (ask_memory, here),
+        (ask_prefill_speed, here),
+        (ask_decode_speed, here),
+    ):
+        report = ask(subject)
+        report.show()
+        reports.append(report.as_json())
+    shared = {name: reports[0][name] for name in ("backend", "machine", "versions", "commit")}
+    answers = [{name: report[name] for name in ("question", "parameters", "results")} for report in reports]
+    click.echo("\nTo report these numbers, paste the tables above or the line below into an issue.", err=True)
+    click.echo(json.dumps({"question": "suite", **shared, "answers": answers}))
+
+
+if __name__ == "__main__":
+    run(group, "python -m lfm_mlx.bench")

@@ -1,0 +1,141 @@
+"""How much memory do weights, caches, prefill and decode take, and what does the planner expect?"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from lfm_mlx.bench.machine import backend
+from lfm_mlx.bench.report import Report
+from lfm_mlx.bench.shapes import RandomWeights, made_up_model
+from lfm_mlx.bench.sides import Ours, Rows
+from lfm_mlx.bench.subject import Subject
+from lfm_mlx.load import load
+from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens
+from lfm_mlx.model import Model
+from lfm_mlx.terminal import format_bytes
+
+CONTEXT = 4096
+CPU_COMPUTED = 16
+DECODED = 4
+
+NOTES = (
+    "MLX: bytes of arrays. peak: the most that was held during the phase. process: the most memory the process ever",
+    "had resident until then, Python and MLX themselves included.",
+)
+
+
+def ask_memory(subject: Subject, *, context: int = CONTEXT, batch_size: int = 1, computed: int | None = None) -> Report:
+    """Measure loading, a prompt of `context` tokens, and decoding behind it.
+
+    Args:
+        subject: which model; a peer is not measured.
+        context: tokens of the prompt.
+        batch_size: rows.
+        computed: tokens of it that are really computed, what stands before being zeros; None: all on a GPU, few on
+            the CPU, which would take hours.
+    """
+    prompt = min(context, computed or (CPU_COMPUTED if backend() == "cpu" else context))
+    phases: list[dict[str, Any]] = [_phase("before", lambda: None)]
+    held: dict[str, Any] = {}
+    phases.append(_phase("load", lambda: held.update(model=_make(subject))))
+    model: Model = held["model"]
+    chunk = min(prompt, prefill_chunk_tokens(model.config, model.dtype))
+    plan = plan_memory(
+        model.config,
+        weight_bytes=model.num_bytes,
+        context=context + DECODED,
+        batch_size=batch_size,
+        kv_bits=subject.kv_bits,
+        dtype=model.dtype,
+        chunk_tokens=chunk,
+    )
+    ours = Ours(model, kv_bits=subject.kv_bits)
+    phases.append(_phase("prefill", lambda: held.update(rows=_prefill(ours, batch_size, context, prompt, chunk))))
+    rows: Rows = held["rows"]
+    phases.append(_phase("decode", lambda: _decode(ours, rows, batch_size)))
+    found = _found(model, rows, phases)
+    planned = _planned(plan)
+    return Report(
+        question="memory",
+        parameters={**subject.parameters, "context": context, "computed": prompt, "batch_size": batch_size},
+        results={"phases": phases, "found": found, "planned": planned},
+        title=f"Memory at {batch_size} x {context} tokens, {prompt} of them computed, {subject.name}",
+        header=["", "MLX after", "MLX peak", "process"],
+        rows=[
+            *([phase["phase"], *_sizes(phase, "active_bytes", "peak_bytes", "process_bytes")] for phase in phases),
+            ["", "", "found", "planned"],
+            *([name, "", format_bytes(found[name]), format_bytes(planned[name])] for name in planned),
+        ],
+        notes=NOTES,
+    )
+
+
+def process_peak_bytes() -> int:
+    """The most memory this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _phase(name: str, run: Callable[[], object]) -> dict[str, Any]:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    return {
+        "phase": name,
+        "active_bytes": mx.get_active_memory(),
+        "peak_bytes": max(mx.get_peak_memory(), mx.get_active_memory()),
+        "process_bytes": process_peak_bytes(),
+    }
+
+
+def _make(subject: Subject) -> Model:
+    if subject.model is not None:
+        return load(subject.model).model
+    return made_up_model(RandomWeights(subject.config, subject.bits), subject.made_up_dtype())
+
+
+def _prefill(ours: Ours, batch_size: int, context: int, prompt: int, chunk: int) -> Rows:
+    rows = ours.new_rows([context - prompt] * batch_size, capacity=context + DECODED)
+    tokens = mx.random.randint(0, ours.config.vocab_size, (batch_size, prompt), dtype=mx.int32)
+    mx.eval(ours.stepper.prefill(rows.state, tokens, chunk_size=chunk))
+    return rows
+
+
+def _decode(ours: Ours, rows: Rows, batch_size: int) -> None:
+    ids = mx.zeros((batch_size,), dtype=mx.int32)
+    for _ in range(DECODED):
+        ids = ours.sample(rows, ids)
+        mx.eval(ids, ours.arrays(rows))
+
+
+def _found(model: Model, rows: Rows, phases: list[dict[str, Any]]) -> dict[str, int]:
+    """What the planner plans, as it was measured."""
+    state_bytes = rows.state.num_bytes
+    conv_bytes = sum(layer.num_bytes for layer in rows.state.layers if layer.arrays[0].ndim == 3)
+    peak = max(phase["peak_bytes"] for phase in phases[2:])
+    return {
+        "weights": model.num_bytes,
+        "keys and values": state_bytes - conv_bytes,
+        "convolution states": conv_bytes,
+        "transient": max(0, peak - model.num_bytes - state_bytes),
+        "total": peak,
+    }
+
+
+def _planned(plan: MemoryPlan) -> dict[str, int]:
+    return {
+        "weights": plan.weight_bytes,
+        "keys and values": plan.kv_bytes,
+        "convolution states": plan.conv_bytes,
+        "transient": plan.transient_bytes,
+        "total": plan.total_bytes,
+    }
+
+
+def _sizes(phase: dict[str, Any], *names: str) -> list[str]:
+    return [format_bytes(phase[name]) for name in names]
