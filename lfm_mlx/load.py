@@ -28,6 +28,10 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 """Compute dtypes by name."""
 
 
+LARGE_BYTES = 1 << 30
+"""Quantised weights from here on keep scales of 16 bits on the CPU too."""
+
+
 class Loaded(NamedTuple):
     """What `load` returns: ``model, tokenizer = load(...)``."""
 
@@ -84,7 +88,7 @@ def load(
     """
     folder = fetch(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
     checkpoint = Checkpoint(folder)
-    chosen = compute_dtype(checkpoint.config, dtype)
+    chosen = compute_dtype(checkpoint.config, dtype, weight_bytes=checkpoint.num_bytes)
     context = _checked_context(checkpoint.config, max_context)
     plan = plan_memory(
         checkpoint.config,
@@ -132,15 +136,17 @@ def _model_name(model: str | Path, config: ModelConfig) -> str:
     return named if isinstance(named, str) and named else str(model)
 
 
-def compute_dtype(config: ModelConfig, dtype: str | None = None) -> mx.Dtype:
+def compute_dtype(config: ModelConfig, dtype: str | None = None, *, weight_bytes: int = 0) -> mx.Dtype:
     """The dtype a model computes in.
 
-    A GPU takes the dtype the checkpoint was stored in. MLX's CPU backend is about ten times slower in 16 bits than in
-    float32 and runs an unquantised mixture of experts in float32 only, so there it is float32.
+    A GPU takes the dtype the checkpoint was stored in. MLX's CPU backend is slower in 16 bits than in float32 and runs
+    an unquantised mixture of experts in float32 only, so there it is float32; but not for large quantised checkpoints,
+    whose scales would take a tenth more memory.
 
     Args:
         config: the model's.
         dtype: the wish of the caller, by name; None chooses.
+        weight_bytes: bytes of the stored weights.
 
     Raises:
         OptionError: an unknown name, or one that the device cannot compute in.
@@ -150,7 +156,8 @@ def compute_dtype(config: ModelConfig, dtype: str | None = None) -> mx.Dtype:
     on_cpu = mx.default_device().type == mx.cpu
     if dtype is None:
         stored = config.dtype if config.dtype in DTYPES else "bfloat16"
-        return mx.float32 if on_cpu else DTYPES[str(stored)]
+        is_large = config.quantization is not None and weight_bytes >= LARGE_BYTES
+        return mx.float32 if on_cpu and not is_large else DTYPES[str(stored)]
     if on_cpu and dtype != "float32" and config.is_moe and config.quantization is None:
         raise OptionError(
             f"dtype is {dtype!r}, expected 'float32': MLX's CPU backend runs an unquantised mixture of experts in "

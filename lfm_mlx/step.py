@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from lfm_mlx.cache import AttentionCache, ConvState, State
+from lfm_mlx.cache import AttentionCache, State
 from lfm_mlx.errors import OptionError
 from lfm_mlx.kernels import is_compiling
 from lfm_mlx.memory import MIN_CHUNK_TOKENS, prefill_chunk_tokens
@@ -55,6 +55,8 @@ class Stepper:
         self.is_compiled = is_compiling() if is_compiled is None else is_compiled
         cuts = [None, *model.config.attention_layers, None]
         self._segments = [self._compiled(_segment(model, *cut)) for cut in itertools.pairwise(cuts)]
+        self._conv_layers = _layers_between(model.config.attention_layers, model.config.num_layers)
+        self._scales = [model.layers[layer].operator.scale for layer in model.config.attention_layers]
         self._sampling_ends: dict[Any, Callable[..., Any]] = {}
         self.lock = threading.RLock()
 
@@ -166,23 +168,16 @@ class Stepper:
             self._remember(state, i, rows)
             cache = state.layers[layer]
             assert isinstance(cache, AttentionCache)
-            attended = cache.attend(queries, keys, values, span, self.model.layers[layer].operator.scale)
+            attended = cache.attend(queries, keys, values, span, self._scales[i])
         state.advance(span)
         return x, attended, span.offsets
 
-    def _conv_layers(self, segment: int) -> range:
-        cuts = [-1, *self.model.config.attention_layers, self.model.config.num_layers]
-        return range(cuts[segment] + 1, cuts[segment + 1])
-
     def _rows(self, state: State, segment: int) -> Rows:
-        layers = [state.layers[i] for i in self._conv_layers(segment)]
-        return [layer.rows for layer in layers if isinstance(layer, ConvState)]
+        return [state.layers[layer].rows for layer in self._conv_layers[segment]]  # type: ignore[union-attr]
 
     def _remember(self, state: State, segment: int, rows: Rows) -> None:
-        for i, latest in zip(self._conv_layers(segment), rows, strict=True):
-            layer = state.layers[i]
-            assert isinstance(layer, ConvState)
-            layer.rows = tuple(latest)
+        for layer, latest in zip(self._conv_layers[segment], rows, strict=True):
+            state.layers[layer].rows = latest  # type: ignore[union-attr]
 
     def _sampling_end(self, sampler: Sampler) -> Callable[..., Any]:
         """The last segment with sampling behind it; one for each set of features that samplers use."""
@@ -211,6 +206,12 @@ class Stepper:
         return mx.compile(function) if self.is_compiled else function  # type: ignore[return-value]
 
 
+def _layers_between(attention_layers: Sequence[int], num_layers: int) -> list[range]:
+    """The layers of each segment that lie between two attention layers: all of them are convolutions."""
+    cuts = [-1, *attention_layers, num_layers]
+    return [range(first + 1, last) for first, last in itertools.pairwise(cuts)]
+
+
 def stepper_of(model: Model) -> Stepper:
     """The model's stepper; kept on the model, so that all callers share what was compiled."""
     if "_stepper" not in vars(model):
@@ -230,21 +231,21 @@ def _segment(model: Model, first: int | None, last: int | None) -> Callable[...,
 
     def run(x: mx.array, attended: mx.array | None, offsets: mx.array, rows: Rows) -> Any:
         if first is None:
-            x = model.embed_tokens(x[:, None]).astype(model.dtype)
+            x = model.embed_tokens(x[:, None, None]).astype(model.dtype)
         else:
             block = model.layers[first]
             assert attended is not None
-            x = block.feed(x + block.operator.merge(attended))
+            x = block.feed_step(x + block.operator.merge_one(attended))
         latest: Rows = []
         for block, seen in zip(model.layers[start:stop], rows, strict=True):
             assert isinstance(block.operator, ShortConv)
             mixed, remembered = block.operator.step(block.operator_norm(x), seen)
             latest.append(remembered)
-            x = block.feed(x + mixed)
+            x = block.feed_step(x + mixed)
         if last is None:
-            return model.head(model.embedding_norm(x))[:, 0], latest
+            return model.head(model.embedding_norm(x))[:, 0, 0], latest
         block = model.layers[last]
         assert isinstance(block.operator, Attention)
-        return x, *block.operator.project(block.operator_norm(x), offsets), latest
+        return x, *block.operator.project_one(block.operator_norm(x), offsets), latest
 
     return run

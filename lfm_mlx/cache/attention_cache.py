@@ -21,10 +21,12 @@ class AttentionCache(ABC):
 
     Attributes:
         arrays: the buffers, each ``(B, G, capacity, width)``; all of them are to be evaluated on every step.
+        planned_len: tokens that no row is meant to exceed; growing ahead stops there. None: nobody knows.
     """
 
     def __init__(self, arrays: Sequence[mx.array]) -> None:
         self.arrays = tuple(arrays)
+        self.planned_len: int | None = None
 
     @abstractmethod
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, span: Span, scale: float) -> mx.array:
@@ -54,16 +56,24 @@ class AttentionCache(ABC):
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens a row; grows by at least half, so that copying stays rare."""
         if num_tokens > self.capacity:
-            wanted = max(num_tokens, self.capacity * 3 // 2)
+            ahead = self.capacity * 3 // 2
+            wanted = max(num_tokens, ahead if self.planned_len is None else min(ahead, self.planned_len))
             self._grow(-(-wanted // GROWTH_TOKENS) * GROWTH_TOKENS)
 
     def write_columns(self, new: Sequence[mx.array], span: Span) -> None:
         """Store arrays ``(B, G, L, width)``, one a buffer, at the span's positions."""
         self.reserve(span.end)
-        buffers, self.arrays = list(self.arrays), ()
-        for i, columns in enumerate(new):
-            buffers[i] = _written(buffers[i], columns, span)
-        self.arrays = tuple(buffers)
+        if not span.is_even:
+            columns = span.columns[:, None, :, None]
+            pairs = zip(self.arrays, new, strict=True)
+            self.arrays = tuple(
+                mx.put_along_axis(buffer, mx.broadcast_to(columns, array.shape), array, axis=2)
+                for buffer, array in pairs
+            )
+            return
+        start, end = span.starts[0], span.end
+        for buffer, array in zip(self.arrays, new, strict=True):
+            buffer[:, :, start:end] = array
 
     def snapshot(self, num_tokens: int) -> tuple[mx.array, ...]:
         """Copies of the first `num_tokens` columns, evaluated."""
@@ -88,14 +98,6 @@ class AttentionCache(ABC):
 
     def _grow(self, capacity: int) -> None:
         self.arrays = tuple(_grown(array, capacity) for array in self.arrays)
-
-
-def _written(buffer: mx.array, new: mx.array, span: Span) -> mx.array:
-    if span.is_even:
-        buffer[:, :, span.starts[0] : span.end] = new
-        return buffer
-    columns = mx.broadcast_to(span.columns[:, None, :, None], new.shape)
-    return mx.put_along_axis(buffer, columns, new, axis=2)
 
 
 def _grown(buffer: mx.array, capacity: int) -> mx.array:

@@ -10,9 +10,9 @@ from lfm_mlx.cache.span import Span
 
 
 class ConvState:
-    """The last W - 1 gated inputs of each row, oldest first, one array ``(B, 1, D)`` a position.
+    """The last W - 1 gated inputs of each row, oldest first, one array ``(B, 1, 1, D)`` a position.
 
-    Separate arrays make a decode step's shift free: nothing is concatenated.
+    Separate arrays of the shape in which a decode step computes make its shift free: nothing is copied.
     """
 
     def __init__(self, rows: Sequence[mx.array]) -> None:
@@ -21,7 +21,7 @@ class ConvState:
     @classmethod
     def zeros(cls, batch_size: int, num_rows: int, width: int, dtype: mx.Dtype) -> ConvState:
         """The state before the first token."""
-        return cls([mx.zeros((batch_size, 1, width), dtype=dtype) for _ in range(num_rows)])
+        return cls([mx.zeros((batch_size, 1, 1, width), dtype=dtype) for _ in range(num_rows)])
 
     @property
     def num_bytes(self) -> int:
@@ -39,12 +39,12 @@ class ConvState:
             ``(B, W - 1 + L, D)``: what the convolution has to see.
         """
         num_rows = len(self.rows)
-        seen = mx.concatenate([*self.rows, inputs], axis=1)
+        seen = mx.concatenate([*(row[:, 0] for row in self.rows), inputs], axis=1)
         if not span.is_padded:
-            latest = [seen[:, span.num_tokens + i : span.num_tokens + i + 1] for i in range(num_rows)]
+            latest = [seen[:, span.num_tokens + i, None, None] for i in range(num_rows)]
         else:
             counts = mx.array(span.counts, dtype=mx.int32)[:, None, None]
-            latest = [mx.take_along_axis(seen, counts + i, axis=1) for i in range(num_rows)]
+            latest = [mx.take_along_axis(seen, counts + i, axis=1)[:, None] for i in range(num_rows)]
         # A slice would keep the whole chunk alive for as long as the row is remembered.
         self.rows = tuple(mx.contiguous(row) for row in latest)
         return seen

@@ -43,17 +43,17 @@ class Span:
         offsets = mx.array(starts[0] if is_even else list(starts), dtype=mx.int32)
         return cls(starts=tuple(starts), counts=taken, num_tokens=num_tokens, offsets=offsets)
 
-    @property
+    @cached_property
     def is_even(self) -> bool:
         """Whether all rows start at the same position."""
         return len(set(self.starts)) == 1
 
-    @property
+    @cached_property
     def is_padded(self) -> bool:
         """Whether some row has fewer real tokens than the call has."""
         return any(count != self.num_tokens for count in self.counts)
 
-    @property
+    @cached_property
     def end(self) -> int:
         """One past the last position that any row writes, padding included."""
         return max(self.starts) + self.num_tokens

@@ -107,7 +107,7 @@ class State:
             ContextLengthError: a row would become longer than the model's context.
         """
         span = Span.make(self.lengths, num_tokens, counts)
-        if max(span.ends) > self.max_context:
+        if span.end > self.max_context and max(span.ends) > self.max_context:
             raise ContextLengthError(
                 f"a row would hold {max(span.ends):,} tokens, expected at most {self.max_context:,} "
                 "(max_position_embeddings); shorten the prompt or lower max_tokens"
@@ -118,10 +118,16 @@ class State:
         """Count the tokens of a finished call."""
         self.lengths = span.ends
 
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for rows of `num_tokens` tokens in every attention layer."""
+    def reserve(self, num_tokens: int, *, planned_len: int | None = None) -> None:
+        """Make room for rows of `num_tokens` tokens in every attention layer.
+
+        Args:
+            num_tokens: tokens a row holds at once.
+            planned_len: tokens that no row will exceed: buffers that grow later do not grow beyond.
+        """
         for layer in self.layers:
             if isinstance(layer, AttentionCache):
+                layer.planned_len = planned_len
                 layer.reserve(num_tokens)
 
     def snapshot(self) -> Snapshot:

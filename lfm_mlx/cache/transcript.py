@@ -9,6 +9,9 @@ from lfm_mlx.cache.state import Mark, State
 MAX_MARKS = 256
 """Places remembered; of LFM2.5-8B-A1B each costs 147 kB."""
 
+MAX_ANSWER_MARKS = 128
+"""Places remembered inside the latest answer."""
+
 
 class Transcript:
     """A state of one row that a later, partly equal prompt can continue from.
@@ -21,6 +24,7 @@ class Transcript:
         self.state = state
         self.ids: list[int] = []
         self._marks: list[Mark] = []
+        self._answer_marks: list[Mark] = []
         self._beginning = state.mark()
 
     def reuse(self, prompt: Sequence[int]) -> int:
@@ -30,13 +34,25 @@ class Transcript:
             How many of the prompt's tokens need not be computed again; always fewer than all of them.
         """
         shared = min(_common_length(self.ids, prompt), len(prompt) - 1)
-        if shared < len(self.ids):
-            usable = [mark for mark in self._marks if mark.lengths[0] <= shared]
-            place = usable[-1] if usable else self._beginning
-            self.state.rewind(place)
-            self._marks = usable
-            self.ids = self.ids[: place.lengths[0]]
+        # The state is ahead of the tokens noted where an answer was given up in the middle.
+        if shared < max(len(self.ids), self.state.lengths[0]):
+            self._go_back(shared)
+        self._forget_answer_marks()
         return len(self.ids)
+
+    def _go_back(self, length: int) -> None:
+        """To the furthest place known that is not behind `length` tokens."""
+        usable = [mark for mark in (*self._marks, *self._answer_marks) if mark.lengths[0] <= length]
+        place = usable[-1] if usable else self._beginning
+        self.state.rewind(place)
+        self._marks = [mark for mark in self._marks if mark in usable]
+        self._answer_marks = [mark for mark in self._answer_marks if mark in usable]
+        self.ids = self.ids[: place.lengths[0]]
+
+    def _forget_answer_marks(self) -> None:
+        for mark in self._answer_marks:
+            self.state.forget(mark)
+        self._answer_marks = []
 
     def record(self, ids: Sequence[int]) -> None:
         """Note tokens that the state has taken in."""
@@ -52,6 +68,11 @@ class Transcript:
             for mark in older[::2]:
                 self.state.forget(mark)
             self._marks = older[1::2] + newer
+
+    def mark_answer(self) -> None:
+        """Make the present place, inside an answer, one that the next prompt alone can go back to."""
+        if len(self._answer_marks) < MAX_ANSWER_MARKS:
+            self._answer_marks.append(self.state.mark())
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

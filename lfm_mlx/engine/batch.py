@@ -68,6 +68,7 @@ class Batch:
         self._hand_out()
         if len(self.rows) == 1:
             logits = self._fast_forward(stepper, logits)
+            self._mark_call()
         self.ids = draw(self.rows, logits, self.sampler, self.sampler_state)
         mx.async_eval(self.ids)
 
@@ -86,6 +87,11 @@ class Batch:
             if row.finish_reason is not None:
                 break
         return stepper.model.head(stepper.extend(self.state, mx.array([taken], dtype=mx.int32)))
+
+    def _mark_call(self) -> None:
+        (row,) = self.rows
+        if row.has_called and row.request.transcript is not None:
+            row.request.transcript.mark_answer()
 
     def _hand_out(self) -> None:
         tokens = self.ids.tolist()

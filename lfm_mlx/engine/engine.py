@@ -10,6 +10,7 @@ import mlx.core as mx
 from lfm_mlx.cache import State, Transcript
 from lfm_mlx.engine.batch import Batch, draw
 from lfm_mlx.engine.request import Request, Row
+from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import prefill_chunk_tokens
 from lfm_mlx.model import Model
 from lfm_mlx.step import stepper_of
@@ -39,8 +40,13 @@ class Engine:
         """Queue a request; the row that is returned shows how far it has come.
 
         Raises:
-            OptionError: the sampling options do not fit the model.
+            OptionError: the sampling options do not fit the model, or a transcript is to share a batch.
         """
+        if request.transcript is not None and self.max_rows > 1:
+            raise OptionError(
+                f"transcript was given and max_rows is {self.max_rows}, expected 1: rows of a batch share one state; "
+                "use an engine of its own for this request"
+            )
         row = Row(request, self.model.config.vocab_size)
         self._waiting.append(row)
         return row
@@ -81,7 +87,7 @@ class Engine:
         request = row.request
         transcript = request.transcript or Transcript(self.new_state())
         state, row.cached_tokens = transcript.state, transcript.reuse(request.prompt)
-        state.reserve(len(request.prompt) + 1)
+        state.reserve(len(request.prompt) + 1, planned_len=len(request.prompt) + request.max_tokens)
         hidden = None
         for start, stop in self._pieces(request, row.cached_tokens):
             if hidden is not None:

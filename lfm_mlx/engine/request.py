@@ -47,6 +47,8 @@ class Request:
         control: grammar, thinking budget and the like; None lets the model write what it wants.
         transcript: earlier tokens to continue from where they are equal; it holds all tokens afterwards.
         border_ids: tokens in front of which the transcript is marked: where messages begin.
+        call_ids: tokens of the answer from which on the transcript is marked at every one: where calls begin, which a
+            template may write in another form.
     """
 
     prompt: Sequence[int]
@@ -56,6 +58,7 @@ class Request:
     control: RowControl | None = None
     transcript: Transcript | None = None
     border_ids: frozenset[int] = frozenset()
+    call_ids: frozenset[int] = frozenset()
 
 
 class Row:
@@ -67,6 +70,7 @@ class Row:
         generated: the tokens so far, a stop token included.
         finish_reason: why it ended; None while it goes on.
         cached_tokens: prompt tokens that did not have to be computed.
+        has_called: whether one of `Request.call_ids` came.
     """
 
     def __init__(self, request: Request, vocab_size: int) -> None:
@@ -75,6 +79,7 @@ class Row:
         self.generated: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
+        self.has_called = False
         self.is_cancelled = False
         self.started_s = time.perf_counter()
         self.first_s: float | None = None
@@ -92,6 +97,7 @@ class Row:
     def take(self, token_id: int) -> None:
         """Note a generated token and whether the row ends with it."""
         self.generated.append(token_id)
+        self.has_called = self.has_called or token_id in self.request.call_ids
         self.last_s = time.perf_counter()
         self.first_s = self.first_s or self.last_s
         control = self.request.control

@@ -39,3 +39,7 @@ class Block(Module):
     def feed(self, x: mx.array) -> mx.array:
         """The feed-forward half: ``(B, L, D)`` to ``(B, L, D)``."""
         return self.feed_forward(self.ffn_norm(x), x)
+
+    def feed_step(self, x: mx.array) -> mx.array:
+        """`feed` of one token a row: ``(B, 1, 1, D)`` to ``(B, 1, 1, D)``."""
+        return self.feed_forward.step(self.ffn_norm(x), x)

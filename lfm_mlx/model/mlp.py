@@ -18,6 +18,10 @@ class MLP(Module):
         self.down_proj = down_proj
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Map ``(B, L, D)`` and add it to `residual` ``(B, L, D)``."""
+        """Map ``(..., D)`` and add it to `residual` of the same shape."""
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
         return residual + self.down_proj(silu_multiply(gate, up))
+
+    def step(self, x: mx.array, residual: mx.array) -> mx.array:
+        """As a call."""
+        return self(x, residual)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
@@ -45,66 +49,71 @@ class MoE(Module):
         self.num_active = num_active
         self.normalize_weights = normalize_weights
         self.scaling_factor = scaling_factor
-        self._rows: dict[int, tuple[mx.array, mx.array]] = {}
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Map ``(B, L, D)`` and add it to `residual` ``(B, L, D)``."""
         D = x.shape[-1]
         tokens = x.reshape(-1, D)  # (T, D)
+        if tokens.shape[0] < SORTED_FROM_TOKENS:
+            return self.step(tokens[:, None, None], residual.reshape(-1, 1, 1, D)).reshape(residual.shape)
         experts, logits = self.route(tokens)
-        dispatch = self._sorted if tokens.shape[0] >= SORTED_FROM_TOKENS else self._paired
-        outputs = dispatch(tokens, experts)  # (T, A, D)
-        combined = combine_experts(
-            residual.reshape(-1, D),
-            [outputs[:, i] for i in range(self.num_active)],
-            [logits[:, i : i + 1] for i in range(self.num_active)],
-            self.scaling_factor,
-            self.normalize_weights,
-        )
+        outputs = self._sorted(tokens, experts)  # (T, A D)
+        combined = self._combine(residual.reshape(-1, D), self._parts(outputs), logits)
         return combined.reshape(residual.shape)
 
+    def step(self, x: mx.array, residual: mx.array) -> mx.array:
+        """As a call, for a few tokens ``(T, 1, 1, D)``: a shape in which nothing has to be reshaped on the way."""
+        experts, logits = self.route(x)  # (T, 1, 1, A)
+        T, A = x.shape[0], self.num_active
+        chosen = experts.reshape(T, A)
+        once, paired = pair_rows(T, A)
+        hidden = self._gated(self.gate_up_proj(x, chosen, once))  # (T, A, 1, F)
+        outputs = self.down_proj(hidden, chosen, paired)  # (T, A, 1, D)
+        parts: Any = mx.split(outputs, A, axis=1)
+        return self._combine(residual, parts, logits)
+
+    def _combine(self, residual: mx.array, outputs: Sequence[mx.array], logits: mx.array) -> mx.array:
+        return combine_experts(residual, outputs, self._parts(logits), self.scaling_factor, self.normalize_weights)
+
+    def _parts(self, x: mx.array) -> Sequence[mx.array]:
+        """The A parts of the last axis."""
+        parts: Any = mx.split(x, self.num_active, axis=-1)
+        return parts  # type: ignore[no-any-return]
+
     def route(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """Choose experts for tokens ``(T, D)``.
+        """Choose experts for tokens ``(..., D)``.
 
         Returns:
-            Expert ids, uint32 ``(T, A)`` in no particular order, and the router's logits for them ``(T, A)``: an
+            Expert ids, uint32 ``(..., A)`` in no particular order, and the router's logits for them ``(..., A)``: an
             expert's weight is the sigmoid of its logit, and the bias has no part in it.
         """
         logits = self.gate(tokens)
         ranked = rank_experts(logits, self.expert_bias if "expert_bias" in self else None)
-        experts = mx.argpartition(ranked, kth=-self.num_active, axis=-1)[:, -self.num_active :]
+        experts = mx.argpartition(ranked, kth=-self.num_active, axis=-1)[..., -self.num_active :]
         return experts, mx.take_along_axis(logits, experts, axis=-1)
 
-    def _paired(self, tokens: mx.array, experts: mx.array) -> mx.array:
-        """Experts' outputs ``(T, A, D)``, one matvec a (token, expert) pair."""
-        T, A = experts.shape
-        once, paired = self._row_indices(T)
-        hidden = self._gated(self.gate_up_proj(tokens[:, None], experts, once))  # (T, A, 1, F)
-        outputs = self.down_proj(hidden.reshape(T * A, 1, -1), experts, paired)
-        return outputs.squeeze(-2)
-
     def _sorted(self, tokens: mx.array, experts: mx.array) -> mx.array:
-        """Experts' outputs ``(T, A, D)``, tokens of the same expert side by side so that its matrix is read once."""
+        """Experts' outputs ``(T, A D)``, tokens of the same expert side by side so that its matrix is read once."""
         T, A = experts.shape
         chosen = experts.flatten()
         order = mx.argsort(chosen)
         chosen = chosen[order]
         hidden = self._gated(self.gate_up_proj(tokens[order // A][:, None], chosen, is_sorted=True))  # (T A, 1, F)
         outputs = self.down_proj(hidden, chosen, is_sorted=True)
-        return outputs.squeeze(-2)[mx.argsort(order)].reshape(T, A, -1)
+        return outputs.squeeze(-2)[mx.argsort(order)].reshape(T, -1)
 
     def _gated(self, gate_up: mx.array) -> mx.array:
         gate, up = mx.split(gate_up, 2, axis=-1)
         return silu_multiply(gate, up)
 
-    def _row_indices(self, num_tokens: int) -> tuple[mx.array, mx.array]:
-        """Which row of its input each pair reads, uint32 ``(T, A)``: each token A times, or each pair's own row.
 
-        Kept, because an index array made in the step would be a kernel launch a matmul.
-        """
-        if num_tokens not in self._rows:
-            pairs = mx.arange(num_tokens * self.num_active, dtype=mx.uint32).reshape(num_tokens, self.num_active)
-            rows = (pairs // self.num_active, pairs)
-            mx.eval(rows)
-            self._rows[num_tokens] = rows
-        return self._rows[num_tokens]
+@functools.cache
+def pair_rows(num_tokens: int, num_active: int) -> tuple[mx.array, mx.array]:
+    """Which row of its input each (token, expert) pair reads, uint32 ``(T, A)``: its token's, or the pair's own.
+
+    Kept, because an index array made in the step would be a kernel launch a matmul.
+    """
+    pairs = mx.arange(num_tokens * num_active, dtype=mx.uint32).reshape(num_tokens, num_active)
+    rows = (pairs // num_active, pairs)
+    mx.eval(rows)
+    return rows

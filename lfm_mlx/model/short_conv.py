@@ -46,11 +46,11 @@ class ShortConv(Module):
         """One token a row, as a pure function of the remembered rows.
 
         Args:
-            x: ``(B, 1, D)``.
-            rows: the W - 1 latest gated inputs ``(B, 1, D)``, oldest first.
+            x: ``(B, 1, 1, D)``.
+            rows: the W - 1 latest gated inputs ``(B, 1, 1, D)``, oldest first.
 
         Returns:
-            The output ``(B, 1, D)`` and the rows to remember.
+            The output ``(B, 1, 1, D)`` and the rows to remember.
         """
         gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
         gated = gate_in * value
