@@ -157,9 +157,13 @@ def check_docstrings(sources: Sources) -> list[str]:
         if ast.get_docstring(module) is None:
             problems.append(f"{path} has no docstring")
         for node in _public_definitions(module):
-            if ast.get_docstring(node) is None:
+            if ast.get_docstring(node) is None and not _is_overload(node):
                 problems.append(f"{path}:{node.lineno} {node.name} has no docstring")
     return problems
+
+
+def _is_overload(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    return any(isinstance(decorator, ast.Name) and decorator.id == "overload" for decorator in node.decorator_list)
 
 
 def _public_definitions(module: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
@@ -236,15 +240,21 @@ def check_exports(sources: Sources) -> list[str]:
             continue
         module = ast.parse(text, path)
         exported = _exported(module)
-        imported = {name for node in module.body if isinstance(node, ast.ImportFrom) for name in _bound_names(node)}
+        lazy = [node for branch in module.body if isinstance(branch, ast.If) for node in branch.body]
+        body = [node for node in [*module.body, *lazy] if not _is_from_the_standard_library(node)]
+        imported = {name for node in body if isinstance(node, ast.ImportFrom) for name in _bound_names(node)}
         hidden = {name for name in imported if not name.startswith("_") and name != "annotations"}
         if exported is None:
             problems += [f"{path} has no __all__"] if hidden else []
             continue
-        bound = {name for node in module.body for name in _bound_names(node)} | set(dir(builtins))
+        bound = {name for node in body for name in _bound_names(node)} | set(dir(builtins))
         problems += [f"{path} exports {name}, which it does not have" for name in exported if name not in bound]
         problems += [f"{path} imports {name} and does not export it" for name in sorted(hidden - set(exported))]
     return problems
+
+
+def _is_from_the_standard_library(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in sys.stdlib_module_names
 
 
 def _exported(module: ast.Module) -> list[str] | None:

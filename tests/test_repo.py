@@ -13,7 +13,22 @@ import repo_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PUBLIC_NAMES = ["Model", "SamplingParams", "Token", "TokenStream", "Tokenizer", "generate", "load", "stream"]
+PUBLIC_NAMES = [
+    "Chat",
+    "Engine",
+    "Model",
+    "ParsedOutput",
+    "Reply",
+    "SamplingParams",
+    "Token",
+    "TokenStream",
+    "Tokenizer",
+    "generate",
+    "load",
+    "parse_output",
+    "stream",
+    "tool",
+]
 
 SLOW_IMPORTS = ["transformers", "mlx_lm", "torch", "sentencepiece", "huggingface_hub"]
 """What costs up to a second to import and most programs never need."""

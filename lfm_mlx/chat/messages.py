@@ -124,6 +124,7 @@ def call_block(calls: Iterable[ToolCall], special_strings: Iterable[str] = ()) -
 
 
 def known_strings() -> list[str]:
+    """The marker strings of all LFM generations, whether or not a tokenizer has them."""
     return [value for name, value in vars(special).items() if name.isupper()]
 
 

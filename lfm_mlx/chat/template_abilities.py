@@ -56,6 +56,7 @@ def template_abilities(tokenizer: Tokenizer, *, has_tools: bool = False) -> Temp
 
 
 def probe_template(tokenizer: Tokenizer, has_tools: bool) -> TemplateAbilities:
+    """Find out what a chat template can do by rendering small conversations with it."""
     wrapped, bare = {"type": "function", "function": _PROBE_FUNCTION}, _PROBE_FUNCTION
     user, system, late = ({"role": role, "content": f"probe_{role}"} for role in ("user", "system", "system"))
 

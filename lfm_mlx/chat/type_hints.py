@@ -360,6 +360,7 @@ def _default(value: Any) -> dict[str, Any]:
 
 
 def json_form(value: Any) -> Any:
+    """What `json.dumps` writes for a value that is not of a JSON type: for its `default`."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
