@@ -11,7 +11,8 @@ from lfm_mlx.parsing.literals import Problem
 from lfm_mlx.parsing.quotes import NO_BORDER, Readings, may_be_expression, skip_brackets
 
 _NAME: Final = re.compile(rf"{CALL_NAME.pattern}(?=\s*\()")
-_SEPARATOR: Final = re.compile(r"\s*(?:,\s*|\n\s*|\Z)")
+_COMMA: Final = re.compile(r"\s*(?:,\s*|\Z)")
+_COMMA_OR_NEWLINE: Final = re.compile(rf"\s*(?:,\s*|(?<=\s)(?={CALL_NAME.pattern}\s*\(|\{{)|\Z)")
 _BRACKET: Final = re.compile(r"[()\[\]{},]")
 _PAIRS: Final = {")": "(", "]": "[", "}": "{"}
 
@@ -20,6 +21,9 @@ MAX_STEPS: Final = 300_000
 """Values, commas and brackets in one block; more than a context of 128,000 tokens can hold."""
 MAX_REPAIR_STEPS: Final = 80_000
 """The same, and quotes tried, while quotes are repaired."""
+MAX_CALLS: Final = 10_000
+MAX_REPAIRS: Final = 500
+"""Calls in one block, and calls from the first damaged one on."""
 
 
 class ReadCall(NamedTuple):
@@ -54,15 +58,24 @@ def read_call_list(text: str, *, is_closed: bool = True) -> list[CallReading]:
     """
     start = len(text) - len(text.lstrip())
     end = len(text.rstrip())
-    if text.startswith("[", start):
+    is_list = text.startswith("[", start)
+    # A missing bracket is forgiven where no string can hide it.
+    is_cut = is_list and not text.endswith("]", start, end) and any(quote in text for quote in "'\"")
+    if is_list:
         start += 1
         end -= text.endswith("]", start, end)
-    return _CallList(text, end, is_closed).read(start)
+    calls = _CallList(text, end, is_closed, _COMMA if is_list else _COMMA_OR_NEWLINE).read(start)
+    if is_cut and calls and calls[-1].end == end and isinstance(calls[-1], ReadCall):
+        last = calls[-1]
+        problem = Problem("truncated", "the list of calls is not closed, expected ]")
+        calls[-1] = UnreadCall(last.name, problem, last.start, last.end)
+    return calls
 
 
 class _CallList:
-    def __init__(self, text: str, end: int, is_closed: bool) -> None:
+    def __init__(self, text: str, end: int, is_closed: bool, separator: re.Pattern[str] = _COMMA) -> None:
         self._text = text
+        self._separator = separator
         self._end = end
         self._is_closed = is_closed
         self._steps_left = min(200 + 16 * len(text), MAX_STEPS)
@@ -78,11 +91,13 @@ class _CallList:
 
     def _read_items(self, at: int) -> None:
         while at < self._end:
+            if len(self._calls) >= MAX_CALLS:
+                raise StepLimit
             end = self._read_one(at)
             if end < 0:
                 self._read_rest(at)
                 break
-            separator = _SEPARATOR.match(self._text, end, self._end)
+            separator = self._separator.match(self._text, end, self._end)
             if separator is None:
                 self._fail(Problem("syntax", "text stands after a call, expected a comma or the end"), end, self._end)
                 break
@@ -116,7 +131,7 @@ class _CallList:
             self._steps_left -= reader.num_steps
 
     def _is_border(self, at: int) -> bool:
-        return _SEPARATOR.match(self._text, at, self._end) is not None
+        return self._separator.match(self._text, at, self._end) is not None
 
     def _read_rest(self, at: int) -> None:
         """Read from where quotes or brackets are damaged: call by call if the brackets alone tell them apart."""
@@ -125,6 +140,8 @@ class _CallList:
             return
         num_before = len(self._calls)
         for start, end in split_by_brackets(self._text, at, self._end) or [(at, self._end)]:
+            if len(self._calls) >= num_before + MAX_REPAIRS:
+                raise StepLimit
             readings = Readings(self._text, start, end, min(self._steps_left, MAX_REPAIR_STEPS))
             items = readings.only_one()
             self._steps_left -= readings.num_steps

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from lfm_mlx.parsing.literals import Problem, closing_quote, number_at, string_value
 
 MAX_DEPTH: Final = 64
+_MAX_ADJACENT: Final = 100
 
 _SPACE: Final = re.compile(r"\s*")
 CALL_NAME: Final = re.compile(r"\w[\w.\-/]*")
@@ -83,11 +84,12 @@ class OpenString(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Adjacent strings, read as one; `delimiters` are the quotes used so far."""
+    """Adjacent strings, read as one; `delimiters` are the quotes used last and before."""
 
     value: Any
     delimiters: str
     start: State
+    num_strings: int
 
 
 class Break(Exception):  # noqa: N818 (an outcome of reading, not an error of the program)
@@ -208,8 +210,6 @@ class ItemReader:
         if sign == ":" and frame.kind in "{d" and state.pending is not None:
             self._chain = None
             return State(at + 1, _of_kind(frame, "d"), state.items, state.pending)
-        if frame.kind == "L" and "\n" in gap:
-            return self._next_value(state, at)
         if self._chain is not None:
             string = _STRING.match(self.text, at, self.end)
             if string is not None and (gap or not string[1]):
@@ -244,18 +244,24 @@ class ItemReader:
             raise Break("syntax", "a string is not closed", state, self._string)
         value = self._string_value(string, closer)
         delimiters = match[2][0]
+        num_strings = 1
         if chain is not None:
+            num_strings += chain.num_strings
+            if num_strings > _MAX_ADJACENT:
+                raise Break("ambiguous_quotes", f"more than {_MAX_ADJACENT} strings stand side by side", state)
             value = _joined(chain.value, value)
             if delimiters in chain.delimiters:
                 value = Problem("ambiguous_quotes", "strings that stand side by side can be read in several ways")
             delimiters += chain.delimiters
         else:
             self._string = string
-        self._chain = Chain(value, delimiters, before)
+        self._chain = Chain(value, delimiters, before, num_strings)
         return self._put(before, value, closer + len(match[2]))
 
     def _string_value(self, string: OpenString, closer: int) -> str | Problem:
         body = self.text[string.body : closer]
+        if len(string.delimiter) == 3 and body.lstrip()[:1] in (",", ")"):
+            return Problem("ambiguous_quotes", "three quotes may be an empty string or part of one, escape them")
         if not string.prefix and "\\" not in body and body.isascii():
             return body
         is_json = string.state.frame.shape[1:2] in ("{", "d")

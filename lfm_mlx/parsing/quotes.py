@@ -15,18 +15,22 @@ from typing import Final, NamedTuple
 from lfm_mlx.parsing.item_reader import Break, Item, ItemReader, OpenString, StepLimit
 from lfm_mlx.parsing.literals import Problem, closing_quote
 
-_ONLY_OPENED: Final = re.compile(r"[,(]\s*\w+\s*=\s*\Z")
 AMBIGUOUS: Final = Problem("ambiguous_quotes", "quotes inside a string can be read in several ways, escape them")
 NO_BORDER: Final = Problem("ambiguous_quotes", "quotes inside a string hide where the call ends, escape them")
 
 _CLOSER: Final = {quote: re.compile(rf"{quote}(?=\s*[,)\]}}:])") for quote in ("'", '"', "'''", '"""')}
 _BRACKET_OR_QUOTE: Final = re.compile(r"[()\[\]{}]|'''|\"\"\"|'|\"")
+_QUOTES: Final = re.compile(r"'''|\"\"\"|'|\"")
 _PAIRS: Final = {")": "(", "]": "[", "}": "{"}
 _OPENED: Final = {"(": "(", "t": "(", "T": "(", "[": "[", "{": "{", "d": "{", "s": "{"}
-_FOLLOWER: Final = re.compile(r"\s*(?:[,)\]}:+\-*/%.<>=!\[&|]|(?:and|or|in|is|not|if|else|for)\b|\Z)")
+_FOLLOWER: Final = re.compile(r"\s*(?:[,)\]}:+\-*/%.<>\[&|]|[=!]=|(?:and|or|in|is|not|if|else|for)\b|\Z)")
+_ONLY_OPENED: Final = re.compile(r"[,(]\s*\w+\s*=\s*\Z")
 _BORDER: Final = re.compile(
-    r"(?P<bracket>[()\[\]{}])|,\s*(?:\w+\s*=\s*(?:['\"]|\Z)|['\"]\w*['\"]\s*:|(?P<quote>['\"]))"
+    r"(?P<bracket>[\[\]{})]|(?<=[\w\])])\()"
+    r"|,\s*(?:\w+\s*=\s*(?:['\"]|\Z)|['\"]\w*['\"]\s*:|(?P<quote>['\"]))"
+    r"|['\"]\s*,\s*\w+\s*="
 )
+_NEXT_ITEM: Final = re.compile(r"\s*,\s*(?:[\w.\-/]+\s*\(|\{)")
 _OPERATOR: Final = re.compile(
     r"\.\s*[^\W\d]\w*|\*\*|//|[=!<>:]=|<<|>>|->|[-+*/%@&|^<>=:]|(?:and|or|not\s+in|in|is\s+not|is|if|else|for)\b"
 )
@@ -149,7 +153,7 @@ class Readings:
     def _note_if_complete(self, reason: Break) -> None:
         """Count a way that is damaged for another reason than quotes: it may be what the model meant."""
         at = reason.state.at
-        self._reader.num_steps += (self._end - at) // 20
+        self._reader.num_steps += (self._end - at) // 4
         if lexes_to_end(self._text, at, self._end, reason.state.frame.shape):
             self._found.append(reason.problem)
 
@@ -172,9 +176,10 @@ def _is_escaped(text: str, at: int) -> bool:
 
 
 def swallows(body: str, kind: str) -> bool:
-    """Whether a repaired string holds what looks like the border of the next argument, entry or element.
+    """Whether a repaired string holds what looks like the border of the next argument, entry, element or call.
 
-    Between brackets (`plot(x, label='')`) it is part of the text.
+    Between the brackets of a call (`plot(x, label='')`) it is part of the text. A bracket that the string did not open
+    is the end of a call if a quote stands before it or another call after it (`'), g(`).
 
     Args:
         body: the string.
@@ -191,7 +196,10 @@ def swallows(body: str, kind: str) -> bool:
         if sign:
             seen.append(sign)
             num_open[sign] += 1
-        elif bracket is not None and num_open[_PAIRS[bracket]]:
+        elif bracket is not None and not num_open[_PAIRS[bracket]]:
+            if body[match.start() - 1 : match.start()] in ("'", '"') or _NEXT_ITEM.match(body, match.end()):
+                return True
+        elif bracket is not None:
             closed = ""
             while closed != _PAIRS[bracket]:
                 closed = seen.pop()
@@ -231,6 +239,19 @@ def skip_brackets(text: str, at: int, end: int, opened: list[str], *, only_one: 
             if closer < 0 or _FOLLOWER.match(text, at, end) is None:
                 return -1
     return -1 if opened or only_one else end
+
+
+def are_quotes_plausible(text: str) -> bool:
+    """Whether each string, read strictly, ends where one can before more text; the last may be open."""
+    at = 0
+    while (match := _QUOTES.search(text, at)) is not None:
+        closer = closing_quote(text, match.end(), len(text), match[0])
+        if closer < 0:
+            return True
+        at = closer + len(match[0])
+        if at == len(text) or _FOLLOWER.match(text, at) is None:
+            return False
+    return True
 
 
 def may_be_expression(text: str, at: int, end: int) -> bool:

@@ -8,7 +8,7 @@ Where markers count:
   reasoning only `</think>` counts. A `<think>` in the middle of prose is text, and so are the calls up to its
   `</think>`; without a `</think>` the calls are calls, which is known at the end only.
 - `<|tool_call_start|>` opens a block. Outside of strings the next `<|tool_call_end|>` closes it, and the next
-  `<|tool_call_start|>` begins another. Inside a string both are text.
+  `<|tool_call_start|>` begins another, unless quotes are damaged before it. Inside a string both are text.
 - A `<|tool_call_end|>` that stands in a string only because quotes inside it are not escaped closes the block if the
   calls before it can be read, and with the next `<|tool_call_end|>` they cannot. If both can be, the block is
   `ambiguous`. A string that is never closed ends at the first `<|tool_call_end|>` in it.
@@ -23,6 +23,7 @@ from typing import Final, Literal, NamedTuple
 
 from lfm_mlx.parsing.call_list import CallReading, ReadCall, read_call_list
 from lfm_mlx.parsing.literals import closing_quote
+from lfm_mlx.parsing.quotes import are_quotes_plausible
 from lfm_mlx.tokenizer.special import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
 
 MAX_READS: Final = 6
@@ -33,7 +34,8 @@ MAX_RETURNS: Final = 6
 _QUOTE: Final = re.compile(r"'''|\"\"\"|'|\"")
 
 SpanKind = Literal["reasoning", "content", "marker", "block"]
-BlockEnd = Literal["closed", "open", "ambiguous"]
+BlockEnd = Literal["closed", "open", "overtaken", "ambiguous"]
+"""By its marker; by the end of the text; by the start of another block; by one of two markers, nobody knows which."""
 
 
 class Span(NamedTuple):
@@ -52,7 +54,7 @@ class Span(NamedTuple):
     def payload(self) -> str:
         """What stands between a block's markers."""
         text = self.text.removeprefix(TOOL_CALL_START)
-        return text if self.end == "open" else text.removesuffix(TOOL_CALL_END)
+        return text if self.end in ("open", "overtaken") else text.removesuffix(TOOL_CALL_END)
 
 
 class Router:
@@ -167,7 +169,7 @@ class Router:
         if block.closed_len is not None:
             if marker == TOOL_CALL_START:
                 return self._close_early(block.closed_len, spans) + marker
-            if not whole_readings(block.payload()):
+            if not may_read_on(block.payload()):
                 return self._close_early(block.closed_len, spans) + marker
             self._close(Span("block", block.text() + marker, "ambiguous"), spans)
         elif is_in_string:
@@ -176,8 +178,11 @@ class Router:
             block.add(marker)
         elif marker == TOOL_CALL_END:
             self._close(Span("block", block.text() + marker), spans)
+        elif block.is_damaged():
+            # Reading quotes strictly went wrong before: nobody knows whether this is text.
+            block.add(marker)
         else:
-            self._close(Span("block", block.text(), "open"), spans)
+            self._close(Span("block", block.text(), "overtaken"), spans)
             return marker
         return ""
 
@@ -226,6 +231,7 @@ class _Block:
         self._delimiter = ""
         self._num_reads = 0
         self.first_end_len: int | None = None
+        self._is_damaged: bool | None = None
         self.closed_len: int | None = None
         self.readings: tuple[CallReading, ...] = ()
 
@@ -250,6 +256,12 @@ class _Block:
             self.readings = whole_readings(self.payload())
             if self.readings:
                 self.closed_len = self._settled_len
+
+    def is_damaged(self) -> bool:
+        """Whether quotes stand where none can. Asked once; if they do, the block never gets well."""
+        if self._is_damaged is None:
+            self._is_damaged = not are_quotes_plausible(self.payload())
+        return self._is_damaged
 
     def payload(self) -> str:
         return "".join(self._settled)
@@ -281,6 +293,12 @@ def whole_readings(payload: str) -> tuple[CallReading, ...]:
     """The calls of a block if every one can be read, else none."""
     readings = read_call_list(payload)
     return tuple(readings) if all(isinstance(reading, ReadCall) for reading in readings) else ()
+
+
+def may_read_on(payload: str) -> bool:
+    """Whether a block that can end earlier may be meant to end here: each call can be read, or quotes hide that."""
+    readings = read_call_list(payload)
+    return all(isinstance(reading, ReadCall) or reading.problem.code == "ambiguous_quotes" for reading in readings)
 
 
 def _beginnings(*markers: str) -> re.Pattern[str]:

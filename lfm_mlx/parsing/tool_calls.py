@@ -25,6 +25,9 @@ def read_block(
     if block.end == "ambiguous":
         return [CallError(code=NO_BORDER.code, message=NO_BORDER.message, text=block.payload.strip())]
     payload = block.payload
+    if block.end == "overtaken" and not payload.rstrip().endswith("]"):
+        message = "another block begins before the list of calls is closed, expected ] and the end marker"
+        return [CallError(code="truncated", message=message, text=payload.strip())]
     readings = block.readings or read_call_list(payload, is_closed=block.end == "closed")
     if not readings:
         return [CallError(code="empty", message="there is no call between the markers", text=payload.strip())]

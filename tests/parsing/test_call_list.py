@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tool_call_corpus import LISTS, REFUSED_VALUES, VALUES, WEATHER, WITH_TOOLS, Expected
 
 from lfm_mlx.parsing import parse_output
-from lfm_mlx.parsing.call_list import MAX_REPAIR_STEPS, MAX_STEPS, ReadCall, UnreadCall, _CallList, read_call_list
+from lfm_mlx.parsing.call_list import (
+    MAX_CALLS,
+    MAX_REPAIR_STEPS,
+    MAX_STEPS,
+    ReadCall,
+    UnreadCall,
+    _CallList,
+    read_call_list,
+)
 from lfm_mlx.parsing.item_reader import MAX_DEPTH
 from lfm_mlx.tokenizer.special import TOOL_CALL_END, TOOL_CALL_START
 
@@ -187,6 +195,14 @@ def test_steps_grow_no_faster_than_the_text(unit: str) -> None:
 def test_hostile_text_comes_back_with_an_error(unit: str, opening: str) -> None:
     readings = read_call_list(opening + unit * (20_000 // len(unit)))
     assert all(isinstance(reading, UnreadCall) for reading in readings) or unit == "f(a='b'c'),"
+
+
+@pytest.mark.parametrize("call", ["f(a=1)", "f(a='b'c')", "f(a=1+2)"])
+def test_too_many_calls_are_cut_off_with_an_error(call: str) -> None:
+    readings = read_call_list("[" + ", ".join([call] * (MAX_CALLS + 5)) + "]")
+    assert isinstance(readings[-1], UnreadCall)
+    assert readings[-1].problem.code == "too_long"
+    assert len(readings) <= MAX_CALLS + 1
 
 
 def test_a_long_string_is_read() -> None:

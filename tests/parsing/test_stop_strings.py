@@ -10,11 +10,15 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text("abc", max_size=4), max_size=8), STOPS)
-def test_text_ends_before_the_first_stop_however_it_is_cut(pieces: list[str], stops: list[str]) -> None:
+def test_text_ends_before_the_stop_that_is_complete_first_however_it_is_cut(
+    pieces: list[str], stops: list[str]
+) -> None:
     text = "".join(pieces)
     stopper = StopStrings(stops)
     shown = "".join(map(stopper.add, pieces)) + stopper.finish()
-    first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+    _, first = min(
+        ((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text), default=(0, None)
+    )
     assert shown == text[:first]
     assert stopper.is_found == any(stop in text for stop in stops)
 
