@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ import click
 from lfm_mlx import __version__
 from lfm_mlx.errors import OptionError
 from lfm_mlx.generate import Statistics, TokenStream, check_options, stream
-from lfm_mlx.load import DEFAULT_MODEL, DTYPES, LoadProgress, load
+from lfm_mlx.load import DEFAULT_MODEL, DTYPES, Loaded, LoadProgress, load
 from lfm_mlx.terminal import INTERRUPTED, format_bytes, run
 from lfm_mlx.types import Tool
 
 SHOW_LOADING_FROM_BYTES = 500_000_000
 """Below this, weights are in memory before a progress line could be read."""
 
-_LAZY_COMMANDS = {"bench": "lfm_mlx.bench.__main__", "convert": "lfm_mlx.convert.__main__"}
+_LAZY_COMMANDS = {
+    "bench": "lfm_mlx.bench.__main__",
+    "chat": "lfm_mlx.chat.__main__",
+    "convert": "lfm_mlx.convert.__main__",
+}
 """Commands whose modules are imported only when they are called."""
 
 
@@ -45,31 +50,69 @@ def group() -> None:
     """Run Liquid AI's LFM2 and LFM2.5 models on this machine."""
 
 
+model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Folder or repo id.")
+
+_GENERATION_OPTIONS = (
+    click.option("--max-tokens", type=int, help="At most so many tokens [default: what the context holds]."),
+    click.option("--temp", "temperature", type=float, help="Temperature; 0 is greedy [default: the model card's]."),
+    click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
+    click.option("--top-p", type=float, help="Keep the likeliest tokens up to this total probability."),
+    click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one's probability."),
+    click.option("--repetition-penalty", type=float, help="Above 1 discourages tokens seen before."),
+    click.option("--presence-penalty", type=float, help="Subtracted from tokens generated before."),
+    click.option("--frequency-penalty", type=float, help="Subtracted for each time a token was generated."),
+    click.option("--penalty-window", type=int, help="Latest tokens the penalties look at [default: all]."),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+)
+_LOADING_OPTIONS = (
+    click.option("--max-context", type=int, help="Tokens a conversation may hold [default: what the model allows]."),
+    click.option("--kv-bits", type=int, help="Keep keys and values in 8 or 4 bits."),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), help="Compute dtype [default: what suits the device]."),
+    click.option("--revision", help="Branch, tag or commit of the repo."),
+    click.option("--subfolder", help="Folder in the repo that holds the precision wanted."),
+    click.option("--offline", is_flag=True, help="Use only what was downloaded before."),
+)
+
+
+def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How tokens are drawn and how many; the command receives those that were given as `generation`."""
+    return _gathered(function, "generation", _GENERATION_OPTIONS)
+
+
+def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How the model is loaded; the command receives those that were given as `loading`, for `load_model`."""
+    return _gathered(function, "loading", _LOADING_OPTIONS)
+
+
+def _gathered(
+    function: Callable[..., Any], into: str, options: Sequence[Callable[[Callable[..., Any]], Callable[..., Any]]]
+) -> Callable[..., Any]:
+    """`function` with further options, whose values it receives as one dict."""
+
+    @functools.wraps(function)
+    def gathering(**values: Any) -> Any:
+        given = {name: value for name in names if (value := values.pop(name)) is not None}
+        return function(**values, **{into: given})
+
+    num_before = len(getattr(function, "__click_params__", ()))
+    for option in reversed(options):
+        option(gathering)
+    params: list[click.Parameter] = gathering.__click_params__  # type: ignore[attr-defined]
+    names = [str(param.name) for param in params[num_before:]]
+    return gathering
+
+
 @group.command()
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Folder or repo id.")
+@model_option
 @click.option("--prompt", help="The prompt; - reads it from standard input.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="File that holds the prompt.")
 @click.option("--system", help="System message.")
 @click.option("--tools", type=click.Path(path_type=Path), help="JSON file with a list of tools to show the model.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without chat template.")
-@click.option("--max-tokens", type=int, help="At most so many tokens [default: what the context holds].")
-@click.option("--temp", "temperature", type=float, help="Temperature; 0 is greedy [default: the model card's].")
-@click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all.")
-@click.option("--top-p", type=float, help="Keep the likeliest tokens up to this total probability.")
-@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one's probability.")
-@click.option("--repetition-penalty", type=float, help="Above 1 discourages tokens seen before.")
-@click.option("--presence-penalty", type=float, help="Subtracted from tokens generated before.")
-@click.option("--frequency-penalty", type=float, help="Subtracted for each time a token was generated.")
-@click.option("--penalty-window", type=int, help="Latest tokens the penalties look at [default: all].")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@generation_options
 @click.option("--stop", multiple=True, help="String that ends the answer; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of the text.")
-@click.option("--max-context", type=int, help="Tokens a conversation may hold [default: what the model was made for].")
-@click.option("--kv-bits", type=int, help="Keep keys and values in 8 or 4 bits.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Compute dtype [default: what suits the device].")
-@click.option("--revision", help="Branch, tag or commit of the repo.")
-@click.option("--subfolder", help="Folder in the repo that holds the precision wanted.")
-@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@loading_options
 def generate(
     model: str,
     prompt: str | None,
@@ -77,46 +120,24 @@ def generate(
     system: str | None,
     tools: Path | None,
     raw: bool,
-    max_tokens: int | None,
+    generation: dict[str, Any],
     stop: Sequence[str],
     as_json: bool,
-    max_context: int | None,
-    kv_bits: int | None,
-    dtype: str | None,
-    revision: str | None,
-    subfolder: str | None,
-    offline: bool,
-    **sampling: Any,
+    loading: dict[str, Any],
 ) -> int:
     """Answer one prompt; the text goes to standard output, speed and memory to standard error."""
     text = _read_prompt(prompt, prompt_file)
     shown = _read_tools(tools) if tools is not None else None
-    options = {"max_tokens": max_tokens, "stop": stop, **_given(sampling)}
+    options = {"stop": stop, **generation}
     check_options(**options)  # Loading may take a minute.
-    loaded = load(
-        model,
-        dtype=dtype,
-        revision=revision,
-        subfolder=subfolder,
-        offline=offline,
-        max_context=max_context,
-        kv_bits=kv_bits,
-        on_progress=_show_loading,
-    )
-    tokens = stream(
-        *loaded,
-        text,
-        system=system,
-        tools=shown,
-        raw=raw,
-        **options,
-    )
+    loaded = load_model(model, **loading)
+    tokens = stream(*loaded, text, system=system, tools=shown, raw=raw, **options)
     return _print_stream(tokens, model, as_json)
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
+def load_model(model: str, **loading: Any) -> Loaded:
+    """`load`, with its progress shown where it takes long; arguments and errors are the same."""
+    return load(model, **loading, on_progress=_show_loading)
 
 
 def _print_stream(tokens: TokenStream, model: str, as_json: bool) -> int:
@@ -166,18 +187,25 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give either --prompt TEXT (- for standard input) or --prompt-file FILE")
     if prompt_file is not None:
-        return _decoded(_read_bytes(prompt_file), str(prompt_file))
+        return read_text(prompt_file)
     if prompt == "-":
-        return _decoded(sys.stdin.buffer.read(), "standard input")
+        return read_standard_input()
     assert prompt is not None
     return prompt
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_text(path: Path) -> str:
+    """A file's text. Raises OptionError if it cannot be read or is not UTF-8."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise OptionError(f"{path}: cannot be read ({error.strerror}); name an existing file") from error
+    return _decoded(data, str(path))
+
+
+def read_standard_input() -> str:
+    """All of standard input as text. Raises OptionError if it is not UTF-8."""
+    return _decoded(sys.stdin.buffer.read(), "standard input")
 
 
 def _decoded(data: bytes, source: str) -> str:
@@ -190,7 +218,7 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 def _read_tools(path: Path) -> list[Tool]:
-    text = _decoded(_read_bytes(path), str(path))
+    text = read_text(path)
     try:
         tools = json.loads(text)
     except (ValueError, RecursionError) as error:

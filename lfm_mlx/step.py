@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from lfm_mlx.cache import AttentionCache, State
+from lfm_mlx.cache import State
 from lfm_mlx.errors import OptionError
 from lfm_mlx.kernels import is_compiling
 from lfm_mlx.memory import MIN_CHUNK_TOKENS, prefill_chunk_tokens
@@ -161,16 +161,15 @@ class Stepper:
     def _run_to_last(self, state: State, tokens: mx.array) -> tuple[mx.array, mx.array | None, mx.array]:
         """All segments but the last, with the attentions between them; the state's lengths move on."""
         span = state.begin(1)
+        offsets, layers = span.offsets, state.layers
         x: mx.array = tokens
         attended: mx.array | None = None
         for i, layer in enumerate(self.model.config.attention_layers):
-            x, queries, keys, values, rows = self._segments[i](x, attended, span.offsets, self._rows(state, i))
+            x, queries, keys, values, rows = self._segments[i](x, attended, offsets, self._rows(state, i))
             self._remember(state, i, rows)
-            cache = state.layers[layer]
-            assert isinstance(cache, AttentionCache)
-            attended = cache.attend(queries, keys, values, span, self._scales[i])
+            attended = layers[layer].attend(queries, keys, values, span, self._scales[i])  # type: ignore[union-attr]
         state.advance(span)
-        return x, attended, span.offsets
+        return x, attended, offsets
 
     def _rows(self, state: State, segment: int) -> Rows:
         return [state.layers[layer].rows for layer in self._conv_layers[segment]]  # type: ignore[union-attr]

@@ -62,18 +62,16 @@ class AttentionCache(ABC):
 
     def write_columns(self, new: Sequence[mx.array], span: Span) -> None:
         """Store arrays ``(B, G, L, width)``, one a buffer, at the span's positions."""
-        self.reserve(span.end)
-        if not span.is_even:
-            columns = span.columns[:, None, :, None]
-            pairs = zip(self.arrays, new, strict=True)
-            self.arrays = tuple(
-                mx.put_along_axis(buffer, mx.broadcast_to(columns, array.shape), array, axis=2)
-                for buffer, array in pairs
-            )
+        end = span.end
+        if end > self.arrays[0].shape[2]:
+            self.reserve(end)
+        if span.is_even:
+            place = (slice(None), slice(None), slice(span.starts[0], end))
+            for buffer, columns in zip(self.arrays, new, strict=True):
+                buffer[place] = columns
             return
-        start, end = span.starts[0], span.end
-        for buffer, array in zip(self.arrays, new, strict=True):
-            buffer[:, :, start:end] = array
+        pairs = zip(self.arrays, new, strict=True)
+        self.arrays = tuple(mx.put_along_axis(a, span.column_index(b.shape), b, axis=2) for a, b in pairs)
 
     def snapshot(self, num_tokens: int) -> tuple[mx.array, ...]:
         """Copies of the first `num_tokens` columns, evaluated."""

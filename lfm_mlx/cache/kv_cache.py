@@ -14,6 +14,7 @@ class KVCache(AttentionCache):
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         super().__init__((keys, values))
+        self._is_on_cpu = mx.default_device().type == mx.cpu
 
     @classmethod
     def empty(cls, batch_size: int, num_kv_heads: int, head_dim: int, dtype: mx.Dtype) -> KVCache:
@@ -33,19 +34,22 @@ class KVCache(AttentionCache):
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, span: Span, scale: float) -> mx.array:
         """As `AttentionCache.attend`."""
-        self.write(keys, values, span)
-        if _scores_would_exist(queries, span):
-            return attend_in_chunks(
-                queries,
-                keys.shape[1],
-                lambda rows, start, stop: rows @ self._columns(0, start, stop).swapaxes(-1, -2),
-                lambda weights, start, stop: weights @ self._columns(1, start, stop),
-                span,
-                scale,
-            )
-        seen = slice(0, span.end)
-        return mx.fast.scaled_dot_product_attention(
-            queries, self.keys[:, :, seen], self.values[:, :, seen], scale=scale, mask=span.mask
+        self.write_columns((keys, values), span)
+        if self._is_on_cpu and _num_scores(queries, span) * 4 > SCORE_BYTES:
+            return self._attend_in_chunks(queries, keys.shape[1], span, scale)
+        end = span.end
+        seen_keys, seen_values = (buffer[:, :, :end] for buffer in self.arrays)
+        return mx.fast.scaled_dot_product_attention(queries, seen_keys, seen_values, scale=scale, mask=span.mask)
+
+    def _attend_in_chunks(self, queries: mx.array, num_kv_heads: int, span: Span, scale: float) -> mx.array:
+        """MLX's CPU backend has no fused attention: it would hold all scores at once."""
+        return attend_in_chunks(
+            queries,
+            num_kv_heads,
+            lambda rows, start, stop: rows @ self._columns(0, start, stop).swapaxes(-1, -2),
+            lambda weights, start, stop: weights @ self._columns(1, start, stop),
+            span,
+            scale,
         )
 
     def write(self, keys: mx.array, values: mx.array, span: Span) -> None:
@@ -56,7 +60,6 @@ class KVCache(AttentionCache):
         return self.arrays[which][:, :, start:stop].astype(mx.float32)
 
 
-def _scores_would_exist(queries: mx.array, span: Span) -> bool:
-    """Whether MLX would hold more scores than a chunk may: its CPU backend has no fused attention."""
+def _num_scores(queries: mx.array, span: Span) -> int:
     B, H, L, _ = queries.shape
-    return mx.default_device().type == mx.cpu and B * H * L * span.end * 4 > SCORE_BYTES
+    return B * H * L * span.end

@@ -34,6 +34,9 @@ class Span:
         Raises:
             OptionError: a count is negative or larger than `num_tokens`, or there is not one a row.
         """
+        if counts is None and len(starts) == 1:
+            offset = mx.array(starts[0], dtype=mx.int32)
+            return cls(starts=tuple(starts), counts=(num_tokens,), num_tokens=num_tokens, offsets=offset)
         taken = tuple(counts) if counts is not None else (num_tokens,) * len(starts)
         if len(taken) != len(starts) or any(not 0 <= count <= num_tokens for count in taken):
             raise OptionError(
@@ -67,6 +70,17 @@ class Span:
     def columns(self) -> mx.array:
         """Positions of the new tokens, int32 ``(B, L)``, or ``(1, L)`` when all rows start alike."""
         return self.offsets.reshape(-1, 1) + mx.arange(self.num_tokens, dtype=mx.int32)
+
+    def column_index(self, shape: tuple[int, ...]) -> mx.array:
+        """`columns` for every element of ``(B, G, L, width)`` arrays to be stored, the same array for equal shapes."""
+        found = self._indices.get(shape)
+        if found is None:
+            found = self._indices[shape] = mx.broadcast_to(self.columns[:, None, :, None], shape)
+        return found
+
+    @cached_property
+    def _indices(self) -> dict[tuple[int, ...], mx.array]:
+        return {}
 
     @cached_property
     def mask(self) -> mx.array | str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mlx.core as mx
+
 from lfm_mlx.cache.state import Mark, State
 
 MAX_MARKS = 256
@@ -26,6 +28,8 @@ class Transcript:
         self._marks: list[Mark] = []
         self._answer_marks: list[Mark] = []
         self._beginning = state.mark()
+        # The thread that goes on from here may be another one, and MLX computes an array where it was made.
+        mx.eval(state.arrays)
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Go back to the furthest place that `prompt` shares with what was seen.

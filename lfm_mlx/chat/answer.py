@@ -90,7 +90,8 @@ class Answer(Iterator[OutputEvent]):
                 stop_ids=tokenizer.stop_ids,
                 control=self._control,
                 transcript=transcript,
-                border_ids=message_borders(tokenizer),
+                border_ids=_ids_of(tokenizer, special.TURN_START, special.THINK_START),
+                call_ids=_ids_of(tokenizer, special.TOOL_CALL_START),
             )
         )
         self._written: list[OutputEvent] = []
@@ -208,10 +209,10 @@ def reasoning_tokens(tokenizer: Tokenizer) -> ReasoningTokens | None:
     return ReasoningTokens(open_id=open_id, close_id=close_id)
 
 
-def message_borders(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that begin a message."""
-    turn_start = tokenizer.token_id(special.TURN_START)
-    return frozenset() if turn_start is None else frozenset({turn_start})
+def _ids_of(tokenizer: Tokenizer, *markers: str) -> frozenset[int]:
+    """The ids of those markers that the vocabulary has."""
+    ids = (tokenizer.token_id(marker) for marker in markers)
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def calls_constraint(tools: Sequence[Tool], tool_choice: str, *, is_parallel: bool = True) -> ToolCalls | None:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from lfm_mlx.cache import Transcript
 from lfm_mlx.chat.answer import Answer, AnswerOptions, calls_constraint
-from lfm_mlx.chat.functions import FunctionTool, as_tools
+from lfm_mlx.chat.functions import as_tools
 from lfm_mlx.chat.messages import render_prompt
 from lfm_mlx.chat.reply import ChatEvent, Reply, ToolResult, TurnDone, TurnEnd, Usage
+from lfm_mlx.chat.saved_chat import read_messages, write_messages
 from lfm_mlx.chat.structured import StructuredAnswer
-from lfm_mlx.errors import CheckpointError, LfmError, OptionError
+from lfm_mlx.chat.tool_runner import Confirm, ToolRunner
+from lfm_mlx.errors import LfmError, OptionError
 from lfm_mlx.model import Model
 from lfm_mlx.tokenizer import Tokenizer
-from lfm_mlx.types import CallError, SamplingParams, ToolCall, check_integer, check_number
+from lfm_mlx.types import SamplingParams, ToolCall, check_integer, check_number
 
-FILE_FORMAT = "lfm_mlx chat 1"
-
-Confirm = Callable[[ToolCall], bool]
-"""Asked before a tool that changes something is run; False tells the model that the user declined."""
+_T = TypeVar("_T")
 
 
 class Chat:
@@ -83,19 +82,20 @@ class Chat:
         self.options = AnswerOptions(
             sampling=sampling, max_tokens=max_tokens, thinking_budget=thinking_budget, guards_loops=guards_loops
         )
-        self._constraint = calls_constraint(as_tools(tools), tool_choice, is_parallel=parallel_tool_calls)
-        self._later_constraint = calls_constraint(as_tools(tools), "auto", is_parallel=parallel_tool_calls)
+        if isinstance(tools, Iterator):
+            tools = list(tools)
         self.tools = as_tools(tools)
-        self._functions = {one.name: one for one in map(_as_function, tools) if one is not None}
+        self._constraint = calls_constraint(self.tools, tool_choice, is_parallel=parallel_tool_calls)
+        self._later_constraint = calls_constraint(self.tools, "auto", is_parallel=parallel_tool_calls)
+        self._runner = ToolRunner(tools, confirm)
         self._executes_tools = executes_tools
         self._max_rounds = max_rounds
         self._time_limit_s = time_limit_s
-        self._confirm = confirm
         self._variables = dict(template_variables or {})
         self._transcript = Transcript(model.new_state())
         self._lock = threading.Lock()
         self._answer: Answer | None = None
-        self._is_cancelled = False
+        self._cancelled = threading.Event()  # of the turn that is being written
 
     def send(self, content: str | None = None, *, schema: object = None) -> Reply:
         """Say something and wait for the reply.
@@ -107,25 +107,37 @@ class Chat:
         Raises:
             OptionError: an argument is refused, or another turn is being written.
             LfmError: the prompt cannot be rendered or does not fit; `messages` are as before.
+            pydantic.ValidationError: a validator of the model refuses what its JSON schema allows; likewise.
         """
-        for event in self.stream(content, schema=schema):
-            if isinstance(event, TurnDone):
-                return event.reply
-        raise AssertionError("a stream ends with TurnDone")
+        return _reply_of(self.stream(content, schema=schema))
 
     def stream(self, content: str | None = None, *, schema: object = None) -> Iterator[ChatEvent]:
         """As `send`, event by event; the last one is `TurnDone`. An iterator that is dropped ends the turn."""
+        return self._events(content, schema)
+
+    def _events(
+        self,
+        content: str | None,
+        schema: object,
+        cancelled: threading.Event | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Iterator[ChatEvent]:
         if not self._lock.acquire(blocking=False):
             raise OptionError("this chat is writing another turn; wait for its end, or use a second Chat")
         before = list(self.messages)
         try:
+            self._cancelled = cancelled or threading.Event()
             structured = StructuredAnswer.of(schema)
-            self._is_cancelled = False
             if content is not None:
                 self.messages.append({"role": "user", "content": content})
-            yield from self._turn(structured)
-        except LfmError:
+            yield from self._turn(structured, loop)
+        except Exception as error:
             self.messages = before
+            if not isinstance(error, LfmError):  # A step that failed halfway leaves no state to continue from.
+                self._transcript = Transcript(self.model.new_state())
+            raise
+        except KeyboardInterrupt:
+            self._transcript = Transcript(self.model.new_state())
             raise
         finally:
             self._answer = None
@@ -133,7 +145,8 @@ class Chat:
 
     def cancel(self) -> None:
         """End the turn that is being written; may be called from any thread. What was written is kept."""
-        self._is_cancelled = True
+        self._cancelled.set()
+        self._runner.cancel()
         if (answer := self._answer) is not None:
             answer.cancel()
 
@@ -145,7 +158,7 @@ class Chat:
         """Take back the last user message and everything after it; returns its text, None if there is none."""
         for index in range(len(self.messages) - 1, -1, -1):
             if self.messages[index]["role"] == "user":
-                content = self.messages[index]["content"]
+                content = self.messages[index].get("content")
                 del self.messages[index:]
                 return str(content)
         return None
@@ -155,39 +168,42 @@ class Chat:
         self.messages.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content})
 
     async def asend(self, content: str | None = None, *, schema: object = None) -> Reply:
-        """As `send`, in a thread; cancelling the task cancels the turn."""
-        task = asyncio.ensure_future(asyncio.to_thread(self.send, content, schema=schema))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self.cancel()
-            await asyncio.wait([task])
-            raise
+        """As `send`, in a thread; cancelling the task cancels the turn. `async` tools run in the caller's loop."""
+        cancelled = threading.Event()
+        events = self._events(content, schema, cancelled, asyncio.get_running_loop())
+        return await self._in_thread(cancelled, _reply_of, events)
 
     async def astream(self, content: str | None = None, *, schema: object = None) -> AsyncIterator[ChatEvent]:
-        """As `stream`, for `async for`; leaving the loop cancels the turn."""
-        events = self.stream(content, schema=schema)
-        is_done = False
+        """As `stream`, for `async for`; leaving the loop cancels the turn. `async` tools run in the caller's loop."""
+        cancelled = threading.Event()
+        events = self._events(content, schema, cancelled, asyncio.get_running_loop())
         try:
-            while (event := await asyncio.to_thread(next, events, None)) is not None:
-                is_done = isinstance(event, TurnDone)
+            while (event := await self._in_thread(cancelled, next, events, None)) is not None:
                 yield event
         finally:
-            if not is_done:
+            cancelled.set()
+            await asyncio.to_thread(events.close)  # type: ignore[attr-defined]
+
+    async def _in_thread(self, cancelled: threading.Event, function: Callable[..., _T], *args: object) -> _T:
+        """Run a part of a turn; where the task is cancelled, the turn is, and the part comes to its end first."""
+        part = asyncio.ensure_future(asyncio.to_thread(function, *args))
+        try:
+            return await asyncio.shield(part)
+        except asyncio.CancelledError:
+            cancelled.set()
+            if self._cancelled is cancelled:
                 self.cancel()
-            await asyncio.to_thread(_close, events)
+            await asyncio.wait([part])
+            part.exception()  # Looked at, or asyncio complains that nobody did.
+            raise
 
     def save(self, path: str | Path) -> None:
-        """Write the messages to a JSON file, whole or not at all."""
-        path = Path(path)
-        text = json.dumps({"format": FILE_FORMAT, "messages": self.messages}, ensure_ascii=False, indent=2)
-        beside = path.with_name(f".{path.name}.partial")
-        try:
-            beside.write_text(text + "\n", encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise OptionError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
+        """Write the messages to a JSON file, whole or not at all.
+
+        Raises:
+            OptionError: the file cannot be written, or a message has no JSON form.
+        """
+        write_messages(Path(path), self.messages)
 
     def load(self, path: str | Path) -> None:
         """Go on from the messages of a file that `save` wrote.
@@ -195,36 +211,28 @@ class Chat:
         Raises:
             CheckpointError: the file is missing or is not such a file; the messages are as before.
         """
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); name a file that a chat was saved to") from error
-        messages = stored.get("messages") if isinstance(stored, dict) else None
-        is_chat = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
-        if not is_chat or stored.get("format") != FILE_FORMAT:
-            raise CheckpointError(f"{path}: is no saved chat, expected a JSON object with format {FILE_FORMAT!r}")
-        self.messages = messages  # type: ignore[assignment]
+        self.messages = read_messages(Path(path))
 
-    def _turn(self, structured: StructuredAnswer | None) -> Iterator[ChatEvent]:
+    def _turn(self, structured: StructuredAnswer | None, loop: asyncio.AbstractEventLoop | None) -> Iterator[ChatEvent]:
         """Answers and tool runs until the model has said what it has to say."""
         started_s, usage = time.monotonic(), Usage()
         for round_number in range(self._max_rounds):
             answer = self._new_answer(structured, is_first=round_number == 0)
-            yield from self._within_time(answer, started_s)
+            try:
+                yield from self._within_time(answer, started_s)
+            finally:
+                self._keep(answer)
             usage = usage + answer.usage
-            self.messages.append(_assistant_message(answer))
-            runnable = self._runnable_calls(answer)
-            is_late = self._time_limit_s is not None and time.monotonic() - started_s >= self._time_limit_s
-            if not runnable or self._is_cancelled or is_late or round_number == self._max_rounds - 1:
-                end = self._turn_end(answer, has_runnable=bool(runnable), is_late=is_late)
+            has_more = self._executes_tools and self._has_more_to_do(answer)
+            stopped = self._is_stopped(started_s)
+            if not has_more or stopped or round_number == self._max_rounds - 1:
+                end = (stopped or "max_rounds") if has_more else self._turn_end(answer)
                 yield TurnDone(reply=_reply(answer, usage, end, structured))
                 return
-            for call in answer.output.tool_calls:
-                result = self._run_tool(call)
-                self.add_tool_result(call, result.content)
-                yield result
-            for error in answer.output.errors:
-                self.messages.append({"role": "user", "content": f"This call was not run: {error.message}"})
+            yield from self._run_tools(answer, loop)
+            if stopped := self._is_stopped(started_s):
+                yield TurnDone(reply=replace(_reply(answer, usage, stopped, None), tool_calls=()))
+                return
 
     def _new_answer(self, structured: StructuredAnswer | None, *, is_first: bool) -> Answer:
         prompt = render_prompt(self.tokenizer, self.messages, tools=self.tools, **self._variables)
@@ -239,49 +247,66 @@ class Chat:
             options=AnswerOptions(**{**vars(options), **changed}),
             transcript=self._transcript,
         )
-        if self._is_cancelled:
+        if self._cancelled.is_set():
             self._answer.cancel()
         return self._answer
 
     def _within_time(self, answer: Answer, started_s: float) -> Iterator[ChatEvent]:
-        for event in answer:
-            yield event
-            if self._time_limit_s is not None and time.monotonic() - started_s >= self._time_limit_s:
-                answer.cancel()
-
-    def _runnable_calls(self, answer: Answer) -> Sequence[ToolCall]:
-        """The answer's calls if this chat can run all of them."""
-        calls = answer.output.tool_calls
-        can_run = self._executes_tools and all(call.name in self._functions for call in calls)
-        return calls if can_run and answer.finish_reason == "stop" else ()
-
-    def _run_tool(self, call: ToolCall) -> ToolResult:
-        """Run one call; whatever goes wrong is handed back to the model."""
-        function = self._functions[call.name]
+        if self._time_limit_s is None:
+            yield from answer
+            return
+        # Events are no clock: while a prompt is computed or a call is written, there are none.
+        timer = threading.Timer(max(0.0, self._time_limit_s - (time.monotonic() - started_s)), answer.cancel)
+        timer.daemon = True
+        timer.start()
         try:
-            if function.changes_something and self._confirm is not None and not self._confirm(call):
-                return ToolResult(call=call, content="The user declined this call.", is_error=True)
-            return ToolResult(call=call, content=function.call(call.arguments))
-        except Exception as error:  # noqa: BLE001 - a tool is the user's code: the model is told what it raised
-            return ToolResult(call=call, content=f"Error: {type(error).__name__}: {error}", is_error=True)
+            yield from answer
+        finally:
+            timer.cancel()
 
-    def _turn_end(self, answer: Answer, *, has_runnable: bool, is_late: bool) -> TurnEnd:
-        if self._is_cancelled:
+    def _keep(self, answer: Answer) -> None:
+        """Append what was written, unless the answer was given up before its first word."""
+        output = answer.output
+        is_given_up = answer.finish_reason in (None, "cancelled")
+        if not is_given_up or output.content or output.reasoning or output.tool_calls:
+            self.messages.append(_assistant_message(answer))
+
+    def _has_more_to_do(self, answer: Answer) -> bool:
+        """Whether there are calls that this chat can run, all of them, or mistakes in calls to tell the model."""
+        output = answer.output
+        has_any = bool(output.tool_calls or output.errors) and self._runner.has_functions
+        return has_any and self._runner.can_run(output.tool_calls) and answer.finish_reason == "stop"
+
+    def _run_tools(self, answer: Answer, loop: asyncio.AbstractEventLoop | None) -> Iterator[ToolResult]:
+        for call in answer.output.tool_calls:
+            if self._cancelled.is_set():
+                result = ToolResult(call=call, content="The user stopped before this call was run.", is_error=True)
+            else:
+                result = self._runner.run(call, loop)
+            self.add_tool_result(call, result.content)
+            yield result
+        for error in answer.output.errors:
+            self.messages.append({"role": "tool", "content": f"Error: this call was not run: {error.message}"})
+
+    def _is_stopped(self, started_s: float) -> Literal["cancelled", "time_limit"] | None:
+        if self._cancelled.is_set():
             return "cancelled"
-        if is_late:
-            return "time_limit"
-        if has_runnable:
-            return "max_rounds"
+        is_late = self._time_limit_s is not None and time.monotonic() - started_s >= self._time_limit_s
+        return "time_limit" if is_late else None
+
+    def _turn_end(self, answer: Answer) -> TurnEnd:
+        if answer.finish_reason == "cancelled":
+            return "cancelled" if self._cancelled.is_set() else "time_limit"
         if answer.output.tool_calls and answer.finish_reason == "stop":
             return "tool_calls"
         return answer.finish_reason or "stop"
 
 
-def _as_function(tool: object) -> FunctionTool | None:
-    if isinstance(tool, FunctionTool):
-        return tool
-    is_definition = isinstance(tool, Mapping) or not callable(tool)
-    return None if is_definition else FunctionTool.from_function(tool)  # type: ignore[arg-type]
+def _reply_of(events: Iterator[ChatEvent]) -> Reply:
+    for event in events:
+        if isinstance(event, TurnDone):
+            return event.reply
+    raise AssertionError("a stream ends with TurnDone")
 
 
 def _assistant_message(answer: Answer) -> dict[str, Any]:
@@ -304,20 +329,13 @@ def _assistant_message(answer: Answer) -> dict[str, Any]:
 
 def _reply(answer: Answer, usage: Usage, end: TurnEnd, structured: StructuredAnswer | None) -> Reply:
     output = answer.output
-    errors: tuple[CallError, ...] = output.errors
     is_whole = structured is not None and end == "stop" and not answer.is_cut
     return Reply(
         content=output.content,
         reasoning=output.reasoning,
         tool_calls=output.tool_calls,
-        errors=errors,
+        errors=output.errors,
         usage=usage,
         finish_reason=end,
         parsed=structured.read(output.content) if structured is not None and is_whole else None,
     )
-
-
-def _close(events: Iterator[ChatEvent]) -> None:
-    close = getattr(events, "close", None)
-    if close is not None:
-        close()

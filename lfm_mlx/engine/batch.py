@@ -70,7 +70,7 @@ class Batch:
             logits = self._fast_forward(stepper, logits)
             self._mark_call()
         self.ids = draw(self.rows, logits, self.sampler, self.sampler_state)
-        mx.async_eval(self.ids)
+        mx.async_eval(self.ids, self.sampler_state)
 
     def _fast_forward(self, stepper: Stepper, logits: mx.array) -> mx.array:
         """Take several forced tokens of the only row in one pass; returns the logits after them."""

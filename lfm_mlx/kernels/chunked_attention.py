@@ -11,7 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-SCORE_BYTES = 64 << 20
+SCORE_BYTES = 32 << 20
 """Most bytes that the scores of one chunk take, whatever the context."""
 
 MAX_CHUNK_COLUMNS = 32_768

@@ -177,3 +177,9 @@ class SplitExpertLinear(Module):
 
 AnyLinear = Linear | QuantizedLinear | SplitLinear
 AnyExpertLinear = ExpertLinear | QuantizedExpertLinear | SplitExpertLinear
+
+
+def equal_parts(x: mx.array, count: int) -> list[mx.array]:
+    """The last axis in `count` equal slices: what `mx.split` gives, at a fraction of its cost to build."""
+    width = x.shape[-1] // count
+    return [x[..., i * width : (i + 1) * width] for i in range(count)]

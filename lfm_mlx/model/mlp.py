@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.kernels import silu_multiply
-from lfm_mlx.model.linear import AnyLinear
+from lfm_mlx.model.linear import AnyLinear, equal_parts
 
 
 class MLP(Module):
@@ -19,8 +19,7 @@ class MLP(Module):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Map ``(..., D)`` and add it to `residual` of the same shape."""
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return residual + self.down_proj(silu_multiply(gate, up))
+        return residual + self.down_proj(silu_multiply(*equal_parts(self.gate_up_proj(x), 2)))
 
     def step(self, x: mx.array, residual: mx.array) -> mx.array:
         """As a call."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.kernels import combine_experts, rank_experts, silu_multiply
-from lfm_mlx.model.linear import AnyExpertLinear, AnyLinear
+from lfm_mlx.model.linear import AnyExpertLinear, AnyLinear, equal_parts
 
 SORTED_FROM_TOKENS = 32
 """From this many tokens a call, tokens are sorted by expert: below, each (token, expert) pair is a matvec anyway."""
@@ -69,16 +68,14 @@ class MoE(Module):
         once, paired = pair_rows(T, A)
         hidden = self._gated(self.gate_up_proj(x, chosen, once))  # (T, A, 1, F)
         outputs = self.down_proj(hidden, chosen, paired)  # (T, A, 1, D)
-        parts: Any = mx.split(outputs, A, axis=1)
-        return self._combine(residual, parts, logits)
+        return self._combine(residual, [outputs[:, i : i + 1] for i in range(A)], logits)
 
     def _combine(self, residual: mx.array, outputs: Sequence[mx.array], logits: mx.array) -> mx.array:
         return combine_experts(residual, outputs, self._parts(logits), self.scaling_factor, self.normalize_weights)
 
     def _parts(self, x: mx.array) -> Sequence[mx.array]:
         """The A parts of the last axis."""
-        parts: Any = mx.split(x, self.num_active, axis=-1)
-        return parts  # type: ignore[no-any-return]
+        return equal_parts(x, self.num_active)
 
     def route(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """Choose experts for tokens ``(..., D)``.
@@ -103,8 +100,7 @@ class MoE(Module):
         return outputs.squeeze(-2)[mx.argsort(order)].reshape(T, -1)
 
     def _gated(self, gate_up: mx.array) -> mx.array:
-        gate, up = mx.split(gate_up, 2, axis=-1)
-        return silu_multiply(gate, up)
+        return silu_multiply(*equal_parts(gate_up, 2))
 
 
 @functools.cache

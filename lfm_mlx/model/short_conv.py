@@ -9,7 +9,7 @@ from mlx.nn.layers.base import Module
 
 from lfm_mlx.cache import ConvState, Span
 from lfm_mlx.kernels import gated_conv
-from lfm_mlx.model.linear import AnyLinear
+from lfm_mlx.model.linear import AnyLinear, equal_parts
 
 
 class ShortConv(Module):
@@ -35,7 +35,7 @@ class ShortConv(Module):
     def __call__(self, x: mx.array, state: ConvState | None, span: Span) -> mx.array:
         """Map ``(B, L, D)`` to ``(B, L, D)`` and move `state` on."""
         num_tokens = span.num_tokens
-        gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
+        gate_in, gate_out, value = equal_parts(self.in_proj(x), 3)
         gated = gate_in * value
         num_rows = len(self.taps) - 1
         seen = state.extend(gated, span) if state is not None else mx.pad(gated, [(0, 0), (num_rows, 0), (0, 0)])
@@ -52,7 +52,7 @@ class ShortConv(Module):
         Returns:
             The output ``(B, 1, 1, D)`` and the rows to remember.
         """
-        gate_in, gate_out, value = mx.split(self.in_proj(x), 3, axis=-1)
+        gate_in, gate_out, value = equal_parts(self.in_proj(x), 3)
         gated = gate_in * value
         return self.out_proj(self._convolve(gate_out, [*rows, gated])), (*rows[1:], gated)
 
