@@ -23,7 +23,7 @@ CHUNK_BUDGET_BYTES = 256 << 20
 
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 2048
 
-LIVE_SCORE_ARRAYS = 6
+LIVE_SCORE_ARRAYS = 8
 """Arrays of the size of a chunk's scores that are alive at once: scores, mask, weights, and those being made."""
 
 CACHE_LIMIT_BYTES, MIN_CACHE_BYTES = 512 << 20, 32 << 20

@@ -198,7 +198,7 @@ def conv_state_one_column_off(patch: pytest.MonkeyPatch) -> None:
     def late(self, inputs, span):
         seen = extend(self, inputs, span)
         first = span.num_tokens - 1
-        self.rows = tuple(seen[:, max(0, first + i) : max(0, first + i) + 1] for i in range(len(self.rows)))
+        self.rows = tuple(seen[:, max(0, first + i), None, None] for i in range(len(self.rows)))
         return seen
 
     patch.setattr(ConvState, "extend", late)

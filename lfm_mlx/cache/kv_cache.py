@@ -8,6 +8,9 @@ from lfm_mlx.cache.attention_cache import AttentionCache
 from lfm_mlx.cache.span import Span
 from lfm_mlx.kernels import SCORE_BYTES, attend_in_chunks
 
+FLOAT32_COLUMNS = 4096
+"""Columns that are cast to float32 at once where attention is computed in chunks."""
+
 
 class KVCache(AttentionCache):
     """Keys and values ``(B, G, capacity, P)`` in the activations' dtype."""
@@ -50,6 +53,7 @@ class KVCache(AttentionCache):
             lambda weights, start, stop: weights @ self._columns(1, start, stop),
             span,
             scale,
+            max_columns=FLOAT32_COLUMNS,
         )
 
     def write(self, keys: mx.array, values: mx.array, span: Span) -> None:

@@ -51,6 +51,8 @@ def attend_in_chunks(
     weigh: Weigh,
     span: SpanLike,
     scale: float,
+    *,
+    max_columns: int = MAX_CHUNK_COLUMNS,
 ) -> mx.array:
     """Causal attention in float32 over columns that only `score` and `weigh` know.
 
@@ -61,19 +63,20 @@ def attend_in_chunks(
         weigh: multiplies weights with values.
         span: where the L queries stand; each sees the columns up to its own.
         scale: factor on the scores.
+        max_columns: most columns of a chunk, however few scores it has.
 
     Returns:
         ``(B, H, L, P)`` in the queries' dtype.
     """
     B, H, L, P = queries.shape
     rows = queries.astype(mx.float32).reshape(B, num_kv_heads, (H // num_kv_heads) * L, P) * scale
-    size = chunk_columns(B, H, L)
+    size = min(chunk_columns(B, H, L), max_columns)
     highest = total = summed = None
     for start in range(0, span.end, size):
         stop = min(start + size, span.end)
-        if summed is not None:
-            # Without this the scores of every chunk could be computed before the first is used.
-            (rows,) = mx.depends([rows], [summed])
+        if summed is not None and total is not None:
+            # Without this every chunk's scores and weights could be alive at once: nothing else orders the chunks.
+            (rows,) = mx.depends([rows], [summed, total])
         scores = score(rows, start, stop)
         if stop > min(span.starts) + 1:
             scores = _masked(scores, span.columns, L, start, stop)

@@ -1,6 +1,7 @@
 """The elementwise arithmetic between matmuls, each function one kernel launch when compiled.
 
-Inside a function values are float32 and are rounded once, at the end, to the dtype of what comes in.
+`gated_conv` and `combine_experts` compute in float32 and round once, at the end, to the dtype of what comes in; the
+others compute in that dtype, as transformers does.
 """
 
 from __future__ import annotations

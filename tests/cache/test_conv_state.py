@@ -21,7 +21,7 @@ def numbered(batch_size: int, num_tokens: int, first: int = 1) -> mx.array:
 
 def remembered(state: ConvState) -> list[list[float]]:
     """The remembered numbers of each row, oldest first."""
-    return np.concatenate([np.array(row) for row in state.rows], axis=1)[..., 0].tolist()
+    return np.concatenate([np.array(row) for row in state.rows], axis=2)[:, 0, :, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def test_the_latest_inputs_are_remembered_oldest_first(num_rows, num_tokens, exp
     state = ConvState.zeros(1, num_rows, WIDTH, mx.float32)
     seen = state.extend(numbered(1, num_tokens), Span.make((0,), num_tokens))
     assert seen.shape == (1, num_rows + num_tokens, WIDTH)
+    assert [row.shape for row in state.rows] == [(1, 1, 1, WIDTH)] * num_rows
     assert remembered(state) == [expected]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from random_models import random_tokens, tiny_config
 
-from lfm_mlx.cache import ConvState, KVCache, State
+from lfm_mlx.cache import ConvState, KVCache, QuantizedKVCache, State
 from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import ContextLengthError, OptionError
 
@@ -19,7 +19,7 @@ def test_a_state_has_one_layer_state_a_layer_of_the_right_kind_and_dtype():
     assert [type(layer) for layer in state.layers] == [ConvState, KVCache, ConvState, KVCache]
     assert state.lengths == (0, 0, 0)
     assert {array.dtype for array in state.arrays} == {mx.bfloat16}
-    assert [array.shape for array in state.layers[0].arrays] == [(3, 1, 32)] * 2
+    assert [array.shape for array in state.layers[0].arrays] == [(3, 1, 1, 32)] * 2
     assert state.layers[1].keys.shape == (3, 2, 0, 8)
 
 
@@ -48,6 +48,24 @@ def test_reserve_makes_room_in_every_attention_layer_and_nowhere_else():
     state.reserve(40)
     assert [layer.capacity for layer in state.layers if isinstance(layer, KVCache)] == [256, 256]
     assert state.num_bytes == conv_bytes + 2 * 2 * (2 * 256 * 8) * 4
+
+
+def test_reserve_plans_for_every_attention_layer_and_a_later_one_without_a_plan_forgets_it():
+    state = State.empty(CONFIG)
+    state.reserve(300, planned_len=350)
+    attention = [layer for layer in state.layers if isinstance(layer, KVCache)]
+    assert [(layer.capacity, layer.planned_len) for layer in attention] == [(512, 350)] * 2
+    state.reserve(300)
+    assert [(layer.capacity, layer.planned_len) for layer in attention] == [(512, None)] * 2
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_a_state_quantises_its_keys_and_values_and_nothing_else(kv_bits):
+    config = ModelConfig.from_dict(tiny_config(head_dim=32))
+    state = State.empty(config, 3, dtype=mx.bfloat16, kv_bits=kv_bits)
+    assert [type(layer) for layer in state.layers] == [ConvState, QuantizedKVCache, ConvState, QuantizedKVCache]
+    assert [layer.bits for layer in state.layers if isinstance(layer, QuantizedKVCache)] == [kv_bits] * 2
+    assert {array.dtype for array in state.layers[0].arrays} == {mx.bfloat16}
 
 
 def test_a_snapshot_holds_the_used_columns_only_and_says_its_bytes(moe_model):

@@ -9,7 +9,7 @@ from random_models import relative_error, tiny_config, tiny_model
 
 from lfm_mlx.config import Quantization
 from lfm_mlx.model import MoE
-from lfm_mlx.model.moe import SORTED_FROM_TOKENS
+from lfm_mlx.model.moe import SORTED_FROM_TOKENS, pair_rows
 
 TOLERANCE = 1e-5
 WIDTHS = {"hidden_size": 64, "moe_intermediate_size": 64}
@@ -47,17 +47,43 @@ def test_tokens_sorted_by_expert_give_what_single_tokens_give(moe, num_tokens):
     assert relative_error(in_calls_of(moe, x, 7), in_calls_of(moe, x, 1)) < TOLERANCE
 
 
+def paired_outputs(patch: pytest.MonkeyPatch, moe: MoE, x: mx.array, experts: mx.array) -> mx.array:
+    """Experts' outputs (T, A D) as `step` has them before it weighs and adds them; x (T, D), experts (T, A)."""
+    A = moe.num_active
+    with patch.context() as during:
+        during.setattr(MoE, "route", lambda self, tokens: (experts[:, None, None], mx.zeros((*tokens.shape[:-1], A))))
+        during.setattr(MoE, "_combine", lambda self, residual, outputs, logits: mx.concatenate(outputs, axis=-1))
+        return moe.step(x[:, None, None], mx.zeros_like(x)[:, None, None]).reshape(x.shape[0], -1)
+
+
 @pytest.mark.parametrize("num_tokens", [5, 50])
-def test_the_two_dispatches_give_the_same_experts_outputs(moe, num_tokens):
+def test_the_two_dispatches_give_the_same_experts_outputs(moe, monkeypatch, num_tokens):
     x = hidden(num_tokens)[0]
     experts, _ = moe.route(x)
-    assert relative_error(moe._sorted(x, experts), moe._paired(x, experts)) < TOLERANCE
+    assert relative_error(moe._sorted(x, experts), paired_outputs(monkeypatch, moe, x, experts)) < TOLERANCE
 
 
-def test_control_experts_assigned_to_other_tokens_are_noticed(moe):
+def test_control_experts_assigned_to_other_tokens_are_noticed(moe, monkeypatch):
     x = hidden(50)[0]
     experts, _ = moe.route(x)
-    assert relative_error(moe._sorted(x, experts[::-1]), moe._paired(x, experts)) > 0.1
+    assert relative_error(moe._sorted(x, experts[::-1]), paired_outputs(monkeypatch, moe, x, experts)) > 0.1
+
+
+@pytest.mark.parametrize("num_tokens", [1, SORTED_FROM_TOKENS, 100])
+def test_a_step_of_any_number_of_tokens_gives_what_single_tokens_give(moe, num_tokens):
+    x, residual = hidden(num_tokens), hidden(num_tokens, seed=1)
+    stepped = moe.step(x[0, :, None, None], residual[0, :, None, None])
+    assert stepped.shape == (num_tokens, 1, 1, 64)
+    expected = mx.concatenate([moe(x[:, i : i + 1], residual[:, i : i + 1]) for i in range(num_tokens)], axis=1)
+    assert relative_error(stepped[:, 0, 0], expected[0]) < TOLERANCE
+
+
+def test_each_pair_reads_its_tokens_row_first_and_its_own_afterwards():
+    tokens, pairs = pair_rows(3, 2)
+    assert tokens.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert tokens.dtype == pairs.dtype == mx.uint32
+    assert pair_rows(3, 2)[0] is tokens
 
 
 def test_many_tokens_may_choose_the_same_experts():

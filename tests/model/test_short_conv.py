@@ -48,6 +48,11 @@ def new_state(conv: ShortConv) -> ConvState:
     return ConvState.zeros(2, len(conv.taps) - 1, 32, mx.float32)
 
 
+def token(x: mx.array, position: int) -> mx.array:
+    """One token a row of `x` (B, L, D), in the shape of a step: (B, 1, 1, D)."""
+    return x[:, position, None, None]
+
+
 def test_a_whole_sequence_gives_what_numpy_gives(conv):
     x, taps = hidden(), np.stack([np.array(tap) for tap in conv.taps])
     span = Span.make((0, 0), NUM_TOKENS)
@@ -62,18 +67,18 @@ def test_steps_give_what_the_whole_sequence_gives(conv):
     expected = conv(x, None, Span.make((0, 0), NUM_TOKENS))
     rows, parts = new_state(conv).rows, []
     for i in range(NUM_TOKENS):
-        y, rows = conv.step(x[:, i : i + 1], rows)
-        parts.append(y)
+        y, rows = conv.step(token(x, i), rows)
+        parts.append(y[:, 0])
     assert relative_error(mx.concatenate(parts, axis=1), expected) < TOLERANCE
-    forgotten = mx.concatenate([conv.step(x[:, i : i + 1], new_state(conv).rows)[0] for i in range(NUM_TOKENS)], axis=1)
-    assert relative_error(forgotten, expected) > 0.1
+    forgotten = [conv.step(token(x, i), new_state(conv).rows)[0][:, 0] for i in range(NUM_TOKENS)]
+    assert relative_error(mx.concatenate(forgotten, axis=1), expected) > 0.1
 
 
 def test_a_step_remembers_what_a_call_remembers(conv):
     x = mx.array(hidden())
     state = new_state(conv)
     conv(x[:, :5], state, Span.make((0, 0), 5))
-    _, stepped = conv.step(x[:, 5:6], state.rows)
+    _, stepped = conv.step(token(x, 5), state.rows)
     conv(x[:, 5:6], state, Span.make((5, 5), 1))
     for found, expected in zip(stepped, state.rows, strict=True):
         assert relative_error(found, expected) < TOLERANCE
