@@ -14,8 +14,9 @@ from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.shapes import RandomWeights, made_up_model
 from lfm_mlx.bench.sides import Ours, Rows
 from lfm_mlx.bench.subject import Subject
+from lfm_mlx.cache import ConvState
 from lfm_mlx.load import load
-from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens
+from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens, set_memory_limits
 from lfm_mlx.model import Model
 from lfm_mlx.terminal import format_bytes
 
@@ -96,7 +97,9 @@ def _phase(name: str, run: Callable[[], object]) -> dict[str, Any]:
 def _make(subject: Subject) -> Model:
     if subject.model is not None:
         return load(subject.model).model
-    return made_up_model(RandomWeights(subject.config, subject.bits), subject.made_up_dtype())
+    dtype = subject.made_up_dtype()
+    set_memory_limits(plan_memory(subject.config, weight_bytes=0, context=CONTEXT, dtype=dtype))
+    return made_up_model(RandomWeights(subject.config, subject.bits), dtype)
 
 
 def _prefill(ours: Ours, batch_size: int, context: int, prompt: int, chunk: int) -> Rows:
@@ -116,7 +119,7 @@ def _decode(ours: Ours, rows: Rows, batch_size: int) -> None:
 def _found(model: Model, rows: Rows, phases: list[dict[str, Any]]) -> dict[str, int]:
     """What the planner plans, as it was measured."""
     state_bytes = rows.state.num_bytes
-    conv_bytes = sum(layer.num_bytes for layer in rows.state.layers if layer.arrays[0].ndim == 3)
+    conv_bytes = sum(layer.num_bytes for layer in rows.state.layers if isinstance(layer, ConvState))
     peak = max(phase["peak_bytes"] for phase in phases[2:])
     return {
         "weights": model.num_bytes,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from lfm_mlx.bench.machine import backend, memory_bytes
 from lfm_mlx.bench.peer import Peer, loaded_peer, made_up_peer
 from lfm_mlx.bench.shapes import RandomWeights, ViewWeights, config_named, made_up_model
 from lfm_mlx.bench.sides import Ours, Side
-from lfm_mlx.config import ModelConfig, read_config
+from lfm_mlx.config import ModelConfig, Quantization, QuantizationConfig, read_config
 from lfm_mlx.errors import MemoryPlanError, OptionError
 from lfm_mlx.hub import fetch
 from lfm_mlx.load import compute_dtype, load
+from lfm_mlx.names import expected_tensors
 from lfm_mlx.sampling import recommended_sampling
 from lfm_mlx.terminal import format_bytes
 from lfm_mlx.types import SamplingParams
@@ -104,7 +106,9 @@ class Subject:
 
     def made_up_dtype(self) -> mx.Dtype:
         """The dtype that made-up weights compute in here."""
-        return compute_dtype(self.config)
+        num_values = sum(math.prod(shape) for shape in expected_tensors(self.config).values())
+        config = replace(self.config, quantization=QuantizationConfig(default=Quantization(bits=self.bits)))
+        return compute_dtype(config, weight_bytes=num_values * self.bits // 8)
 
     def _loaded_peer(self, dtype: mx.Dtype) -> list[Peer]:
         return [loaded_peer(str(self.folder), self.config, dtype)] if self.peer else []

@@ -36,7 +36,21 @@ class StructuredAnswer:
             return cls(constraint=JsonSchema(schema), read=json.loads)
         describe, validate = getattr(schema, "model_json_schema", None), getattr(schema, "model_validate_json", None)
         if isinstance(schema, type) and callable(describe) and callable(validate):
-            return cls(constraint=JsonSchema(describe()), read=validate)
+            return cls(constraint=JsonSchema(_closed(describe())), read=validate)
         raise OptionError(
             f"schema is a {type(schema).__name__}, expected a JSON schema (a dict) or a pydantic model class"
         )
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without properties beyond those named, unless it says that there may be more: pydantic drops them."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    inner = {
+        key: value if key in ("default", "const", "enum", "examples") else _closed(value)
+        for key, value in schema.items()
+    }
+    is_open_object = schema.get("type") == "object" and isinstance(schema.get("properties"), Mapping)
+    return {"additionalProperties": False, **inner} if is_open_object else inner

@@ -1,0 +1,74 @@
+"""Carries out the calls of an answer; whatever goes wrong is handed back to the model."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+
+from lfm_mlx.chat.functions import FunctionTool
+from lfm_mlx.chat.reply import ToolResult
+from lfm_mlx.types import ToolCall
+
+Confirm = Callable[[ToolCall], bool]
+"""Asked before a tool that changes something is run; False tells the model that the user declined."""
+
+
+class ToolRunner:
+    """Runs calls of the functions among a chat's tools.
+
+    Args:
+        tools: as they were given to the chat.
+        confirm: asked before a tool that changes something; None runs it.
+    """
+
+    def __init__(self, tools: Iterable[object], confirm: Confirm | None = None) -> None:
+        self._functions = {one.name: one for one in map(_as_function, tools) if one is not None}
+        self._confirm = confirm
+        self._running: Future[str] | None = None
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether there is anything to run."""
+        return bool(self._functions)
+
+    def can_run(self, calls: Iterable[ToolCall]) -> bool:
+        """Whether all calls are of functions."""
+        return all(call.name in self._functions for call in calls)
+
+    def run(self, call: ToolCall, loop: asyncio.AbstractEventLoop | None = None) -> ToolResult:
+        """The result of one call, an error's text where it fails.
+
+        Args:
+            call: of one of the functions.
+            loop: the event loop, running in another thread, in which `async` functions are to run; None: their own.
+        """
+        function = self._functions[call.name]
+        try:
+            if function.changes_something and self._confirm is not None and not self._confirm(call):
+                return ToolResult(call=call, content="The user declined this call.", is_error=True)
+            return ToolResult(call=call, content=self._call(function, call, loop))
+        except Exception as error:  # noqa: BLE001 - a tool is the user's code: the model is told what it raised
+            return ToolResult(call=call, content=f"Error: {type(error).__name__}: {error}", is_error=True)
+
+    def _call(self, function: FunctionTool, call: ToolCall, loop: asyncio.AbstractEventLoop | None) -> str:
+        if loop is None or not inspect.iscoroutinefunction(function.function):
+            return function.call(call.arguments)
+        self._running = asyncio.run_coroutine_threadsafe(function.acall(call.arguments), loop)
+        try:
+            return self._running.result()
+        finally:
+            self._running = None
+
+    def cancel(self) -> None:
+        """End the `async` function that is running in a loop; others run to their end."""
+        if (running := self._running) is not None:
+            running.cancel()
+
+
+def _as_function(tool: object) -> FunctionTool | None:
+    if isinstance(tool, FunctionTool):
+        return tool
+    is_definition = isinstance(tool, Mapping) or not callable(tool)
+    return None if is_definition else FunctionTool.from_function(tool)  # type: ignore[arg-type]
