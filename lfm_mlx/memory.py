@@ -26,8 +26,8 @@ MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 2048
 LIVE_SCORE_ARRAYS = 8
 """Arrays of the size of a chunk's scores that are alive at once: scores, mask, weights, and those being made."""
 
-CACHE_LIMIT_BYTES, MIN_CACHE_BYTES = 512 << 20, 32 << 20
-"""Bounds on the freed buffers that MLX keeps for the next allocation."""
+GPU_CACHE_BYTES, CPU_CACHE_BYTES = 512 << 20, 64 << 20
+"""Freed buffers that MLX keeps for the next allocation; on the CPU a new one costs little."""
 
 SMALLEST_CONTEXT = 4096
 """The context that has to fit for a model to be loaded at all, unless the caller names one."""
@@ -194,8 +194,8 @@ def prefill_chunk_tokens(config: ModelConfig, dtype: mx.Dtype, budget_bytes: int
 
 def set_memory_limits(plan: MemoryPlan) -> None:
     """Keep few freed buffers, and on a Mac keep the weights from being paged out while others use memory."""
-    mx.set_cache_limit(min(CACHE_LIMIT_BYTES, max(plan.transient_bytes, MIN_CACHE_BYTES)))
     working_set = _gpu_working_set()
+    mx.set_cache_limit(CPU_CACHE_BYTES if working_set is None else GPU_CACHE_BYTES)
     if working_set is not None and mx.metal.is_available():
         mx.set_wired_limit(min(plan.total_bytes, working_set))
 
