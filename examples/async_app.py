@@ -13,13 +13,17 @@ from lfm_mlx.chat import TurnDone
 from lfm_mlx.types import ContentDelta
 
 
-async def show_answer(chat: Chat, question: str) -> None:
-    """Write an answer as it comes, as a view of an app would."""
+async def show_answer(chat: Chat, question: str, stop_after_s: float) -> None:
+    """Write an answer as it comes, as a view of an app would; the stop button is there while it is written."""
+    button = None
     async for event in chat.astream(question):
+        button = button or asyncio.create_task(press_stop(chat, stop_after_s))
         if isinstance(event, ContentDelta):
             print(event.text, end="", flush=True)
         elif isinstance(event, TurnDone):
             print(f"\n[{event.reply.finish_reason}]")
+    if button is not None:
+        button.cancel()
 
 
 async def press_stop(chat: Chat, after_s: float) -> None:
@@ -32,9 +36,7 @@ async def run(options: argparse.Namespace) -> None:
     """The app."""
     model, tokenizer = await asyncio.to_thread(load, options.model)
     chat = Chat(model, tokenizer, max_tokens=options.max_tokens)
-    button = asyncio.create_task(press_stop(chat, options.stop_after))
-    await show_answer(chat, options.question)
-    button.cancel()
+    await show_answer(chat, options.question, options.stop_after)
     print(f"{len(chat.messages)} messages so far")
 
 

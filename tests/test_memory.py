@@ -299,12 +299,11 @@ def test_the_host_has_some_memory():
     assert 1 << 20 < memory._available_host_bytes() < 1 << 50
 
 
-@pytest.mark.parametrize(
-    ("transient_bytes", "limit"), [(0, 32 << 20), (100 << 20, 100 << 20), (10 * GB, 512 << 20)], ids=str
-)
-def test_freed_buffers_are_kept_up_to_what_a_prompt_chunk_takes_within_bounds(monkeypatch, transient_bytes, limit):
+@pytest.mark.parametrize(("working_set", "limit"), [(None, 64 << 20), (64 * GB, 512 << 20)], ids=str)
+def test_few_freed_buffers_are_kept_and_fewer_on_the_cpu(monkeypatch, working_set, limit):
     limits: list[int] = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
-    monkeypatch.setattr(memory, "_gpu_working_set", lambda: None)
-    set_memory_limits(a_plan(transient_bytes=transient_bytes))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda _: None)
+    monkeypatch.setattr(memory, "_gpu_working_set", lambda: working_set)
+    set_memory_limits(a_plan())
     assert limits == [limit]

@@ -100,7 +100,7 @@ def is_well_formed(text: str) -> bool:
     try:
         tree = ast.parse(source.strip(), mode="eval").body
         return isinstance(tree, ast.List) and bool(tree.elts) and all(_is_literal_call(call) for call in tree.elts)
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         return False
 
 

@@ -6,7 +6,7 @@ import math
 
 from mlx.utils import tree_flatten
 
-from lfm_mlx.cache import State
+from lfm_mlx.cache import AttentionCache, State
 from lfm_mlx.config import ModelConfig
 from lfm_mlx.model import Model
 from lfm_mlx.names import HEAD, expected_tensors, is_matrix
@@ -39,7 +39,7 @@ def touched_share(config: ModelConfig, batch_size: int) -> float:
 
 def kv_bytes_per_position(state: State) -> float:
     """Bytes of keys and values that one position of all rows of `state` takes, all layers together."""
-    arrays = [array for layer in state.layers for array in layer.arrays if array.ndim == 4]
+    arrays = [array for layer in state.layers if isinstance(layer, AttentionCache) for array in layer.arrays]
     return sum(array.nbytes / array.shape[2] for array in arrays if array.shape[2])
 
 

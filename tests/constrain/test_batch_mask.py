@@ -6,9 +6,9 @@ import pytest
 from drawing import allowed_ids
 from tool_cases import WEATHER
 
-from lfm_mlx.constrain import BatchMasks, Choice, GrammarTokenizer, JsonObject, Matcher, Regex, ToolCalls, unpack
+from lfm_mlx.constrain import BatchMasks, Choice, GrammarTokenizer, JsonObject, Matcher, Regex, ToolCalls
 from lfm_mlx.errors import OptionError
-from lfm_mlx.sampling import Sampler
+from lfm_mlx.sampling import Sampler, unpack
 from lfm_mlx.types import SamplingParams
 
 

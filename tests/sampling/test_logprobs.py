@@ -3,12 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm_mlx.sampling import logprobs
 from lfm_mlx.sampling.logprobs import largest_ids
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
 
 
 @pytest.mark.parametrize("top", [0, 1, 5, 1000])

@@ -5,15 +5,17 @@ from collections import Counter
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import RepetitionPenaltyLogitsProcessor
 
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.sampling.penalties import apply_repetition, count_tokens
 from lfm_mlx.sampling.sampler import adjust
 from lfm_mlx.types import SamplingParams
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
+
+from transformers import RepetitionPenaltyLogitsProcessor  # noqa: E402
 
 VOCAB_SIZE = 12
 

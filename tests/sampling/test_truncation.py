@@ -3,16 +3,18 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from lfm_mlx.sampling.options import find_features, parameter_arrays
 from lfm_mlx.sampling.sampler import truncate
 from lfm_mlx.sampling.truncation import chunk_width, top_k_threshold
 from lfm_mlx.types import SamplingParams
+
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
+
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
+from transformers.generation.logits_process import TemperatureLogitsWarper  # noqa: E402
 
 VOCAB_SIZE = 1000
 
