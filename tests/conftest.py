@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from random_models import tiny_config, tiny_dense_config, tiny_model, write_checkpoint
 
 from lfm_mlx.model import Model
+
+# A runner in the background may have told its children to ignore these; the tests are about what they do.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

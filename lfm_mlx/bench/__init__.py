@@ -3,6 +3,7 @@
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.launch_count import ask_launches
+from lfm_mlx.bench.mask_time import ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
 from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
@@ -14,6 +15,7 @@ __all__ = [
     "ask_decode_speed",
     "ask_host_time",
     "ask_launches",
+    "ask_mask_time",
     "ask_memory",
     "ask_prefill_speed",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.launch_count import ask_launches
+from lfm_mlx.bench.mask_time import MIN_VOCAB_SIZE, VOCAB_SIZE, ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
 from lfm_mlx.bench.peer import PEERS
 from lfm_mlx.bench.plot import plot_decode
@@ -135,6 +137,27 @@ def memory(**options: Any) -> None:
     _finish(ask_memory(subject, **measured))
 
 
+@group.command()
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a checkpoint whose tokenizer is taken, instead of a made-up vocabulary.",
+)
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(MIN_VOCAB_SIZE, MOST),
+    help=f"Tokens of the made-up vocabulary.  [default: {VOCAB_SIZE}]",
+)
+@click.option("--tools", "num_tools", **NUMBERS, help="Numbers of tools.")
+@click.option("--starts", type=COUNT, help="Grammars started in each case.")
+@click.option("--answers", type=COUNT, help="Answers drawn in each case.")
+def constrain(model: Path | None, vocab_size: int | None, **options: Any) -> None:
+    """Time of a mask and of a grammar's start, for tools, a JSON schema and a regex; needs no weights and no GPU."""
+    if model is not None and vocab_size is not None:
+        raise click.UsageError("give either --model or --vocab-size")
+    _finish(ask_mask_time(model, **_given(vocab_size=vocab_size, **options)))
+
+
 command = group
 """What ``lfm-mlx bench`` calls."""
 
@@ -175,14 +198,15 @@ def _finish(report: Report) -> None:
 def _run_suite() -> None:
     large, here = Subject(peer=True), Subject(shapes=default_shapes(), peer=has_room_for_peer())
     reports = []
-    for ask, subject in (
-        (ask_launches, large),
-        (ask_host_time, large),
-        (ask_memory, here),
-        (ask_prefill_speed, here),
-        (ask_decode_speed, here),
+    for ask in (
+        partial(ask_launches, large),
+        partial(ask_host_time, large),
+        ask_mask_time,
+        partial(ask_memory, here),
+        partial(ask_prefill_speed, here),
+        partial(ask_decode_speed, here),
     ):
-        report = ask(subject)
+        report = ask()
         report.show()
         reports.append(report.as_json())
     shared = {name: reports[0][name] for name in ("backend", "machine", "versions", "commit")}

@@ -80,8 +80,11 @@ class JsonSchema(Constraint):
         return True
 
     def grammar(self, tokenizer: GrammarTokenizer) -> str:
-        schema = self.schema if isinstance(self.schema, Mapping) else {}
-        return json_grammar(schema)
+        return self._grammar
+
+    @cached_property
+    def _grammar(self) -> str:
+        return json_grammar(self.schema if isinstance(self.schema, Mapping) else {})
 
 
 def JsonObject(*, reasoning: Reasoning = "optional") -> JsonSchema:  # noqa: N802 - stands beside JsonSchema

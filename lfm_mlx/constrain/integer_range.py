@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 MAX_DIGITS = 19
 _LIMIT = 10**MAX_DIGITS - 1
 
 
+@lru_cache(maxsize=1024)
 def integer_range(low: int | None, high: int | None) -> str | None:
     """A regular expression for the decimal integers from `low` to `high`, None when there are none.
 

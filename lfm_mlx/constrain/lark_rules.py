@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from functools import lru_cache
 
 # One for all: json.dumps makes a new one for each call that asks for other than ASCII.
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class LarkRules:
-    """Rules by their bodies: asking for the same body twice gives the same name."""
+    """Rules by their bodies: asking for the same body twice gives the same name.
+
+    Attributes:
+        written: the names of rules by what they were written from, for writers that meet the same thing again.
+    """
 
     def __init__(self) -> None:
+        self.written: dict[Hashable, str] = {}
         self._names: dict[str, str] = {}
         self._lines: list[str] = []
 
@@ -47,6 +53,7 @@ class LarkRules:
         return self._names[key]
 
 
+@lru_cache(maxsize=4096)
 def quoted(text: str) -> str:
     """`text` as a Lark string literal."""
     return _ENCODER.encode(text)
@@ -58,6 +65,7 @@ def either(bodies: Iterable[str]) -> str:
     return choices[0] if len(choices) == 1 else f"({' | '.join(choices)})"
 
 
+@lru_cache(maxsize=1024)
 def pattern(regex: str) -> str:
     """A regular expression as a Lark literal."""
     return "/" + re.sub(r"(?<!\\)/", r"\\/", regex) + "/"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,7 +29,10 @@ from lfm_mlx.errors import OptionError
 
 Form = Literal["pythonic", "json"]
 
-COMMA = pattern(", ?")
+COMMA, COLON = "COMMA", "COLON"
+SEPARATORS = f"{COMMA}: {pattern(', ?')}\n{COLON}: {pattern(': ?')}"
+"""The lines that go with every grammar written here; names are read faster than the expressions again and again."""
+
 _JSON_OPTIONS = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
@@ -38,7 +42,9 @@ _JSON_OPTIONS = {
 _NUMBER = r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,2})?"
 _PLAIN = {"'": r"[^'\\\x00-\x1f\x7f]", '"': r"[^\"\\\x00-\x1f\x7f]"}
 _ESCAPE = {"pythonic": r"\\[\\\"'nrt]", "json": r"\\[\\\"nrtbf]"}
+_ESCAPED = re.compile(r"[\x00-\x1f\x7f\"'\\]")
 _WORDS = {True: "True", False: "False", None: "None"}
+_NOT_ASKED = ANNOTATIONS | {"$defs", "definitions"}
 _STRING_KEYS = {"minLength", "maxLength"}
 _ARRAY_KEYS = {"items", "prefixItems", "minItems", "maxItems"}
 _OBJECT_KEYS = {"properties", "required", "additionalProperties", "minProperties", "maxProperties"}
@@ -82,6 +88,17 @@ class LiteralGrammar:
             raise OptionError(f"{self._name}: a value's schema is false, which allows none; remove the parameter")
         schema = {} if schema is True else schema
         asked = {key: value for key, value in schema.items() if not _is_annotation(key)}
+        kind = asked.get("type")
+        if len(asked) != 1 or not isinstance(kind, str):
+            return self._asked(schema, asked, is_inner)
+        # Most schemas are a bare type, and the same few in every tool.
+        key = (kind, self._form, is_inner)
+        name = self._rules.written.get(key)
+        if name is None:
+            name = self._rules.written[key] = self._asked(schema, asked, is_inner)
+        return name
+
+    def _asked(self, schema: Mapping[str, Any], asked: Mapping[str, Any], is_inner: bool) -> str:
         shape = _SHAPE_KEYS & asked.keys()
         if not asked:
             return self._anything(is_inner)
@@ -114,11 +131,11 @@ class LiteralGrammar:
 
     def _anything(self, is_inner: bool) -> str:
         """Any value: a rule that comes back to itself within containers."""
-        key = ("", is_inner)
-        if key not in self._references:
-            name = self._references[key] = self._rules.reserve()
+        key = ("", self._form, is_inner)
+        if key not in self._rules.written:
+            name = self._rules.written[key] = self._rules.reserve()
             self._rules.define(name, either(self._typed({}, is_inner)))
-        return self._references[key]
+        return self._rules.written[key]
 
     def _typed(self, asked: Mapping[str, Any], is_inner: bool) -> list[str]:
         types = asked.get("type", JSON_TYPES)
@@ -225,13 +242,17 @@ class LiteralGrammar:
         if extra is False or high == 0:
             return self._rules.rule('"{" "}"')
         free_key = pattern("|".join(f"{quote}{_PLAIN[quote]}*{quote}" for quote in self._quotes))
-        pair = self._rules.rule(f"{self._rules.terminal(free_key + ' ' + pattern(': ?'))} {self.value(extra)}")
+        pair = self._rules.rule(f"{self._rules.terminal(f'{free_key} {COLON}')} {self.value(extra)}")
         limit = "" if high is None else str(int(high) - 1)
         body = f"{pair} ({COMMA} {pair}){{{max(low - 1, 0)},{limit}}}"
         return self._rules.rule(f'"{{" {body} "}}"' if low else f'"{{" ({body})? "}}"')
 
     def _key(self, key: str) -> str:
-        return self._rules.terminal(f"{either(map(quoted, self._spellings(key)))} {pattern(': ?')}")
+        name = self._rules.written.get(("key", key, self._form))
+        if name is None:
+            name = self._rules.terminal(f"{either(map(quoted, self._spellings(key)))} {COLON}")
+            self._rules.written["key", key, self._form] = name
+        return name
 
     def _spellings(self, text: str) -> list[str]:
         return [spell_string(text, quote) for quote in self._quotes]
@@ -343,6 +364,8 @@ def _openings(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> list[str
 
 def spell_string(text: str, quote: str) -> str:
     """`text` as a string literal that reads back exactly, in Python and, with double quotes, in JSON."""
+    if not _ESCAPED.search(text):
+        return quote + text + quote
     escapes = {"\\": "\\\\", quote: "\\" + quote, "\n": "\\n", "\r": "\\r", "\t": "\\t"}
     return (
         quote + "".join(escapes.get(c) or (f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c) for c in text) + quote
@@ -359,4 +382,4 @@ def _type_of(value: Any) -> set[str]:
 
 
 def _is_annotation(key: str) -> bool:
-    return key in ANNOTATIONS or key.startswith("x-") or key in ("$defs", "definitions")
+    return key in _NOT_ASKED or key.startswith("x-")

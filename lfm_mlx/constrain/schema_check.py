@@ -41,6 +41,10 @@ _SCHEMA_KEYS = ("items", "additionalProperties")
 _SCHEMA_LIST_KEYS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMA_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions")
 
+_INNER_KEYS = frozenset((*_SCHEMA_KEYS, *_SCHEMA_LIST_KEYS, *_SCHEMA_MAP_KEYS))
+_BARE_KEYS = ANNOTATIONS | {"type"}
+_TO_JSON = json.JSONEncoder(allow_nan=False)
+
 # For grammars: one spelling per string, so that a key cannot hide behind an escape; whitespace that comes to an end.
 COMPILE_OPTIONS = {"json_allowed_escapes": 'nrbtf\\"', "whitespace_pattern": r" |\n( {0,32}|\t{0,8})"}
 
@@ -54,8 +58,15 @@ def check_schema(schema: object, name: str = "schema") -> None:
     """
     _check_is_json(schema, name)
     for pointer, subschema in subschemas(schema, name):
+        if _is_bare_type(subschema):
+            continue
         _check_keywords(subschema, f"{name}#{pointer}")
         _check_reference(subschema, schema, f"{name}#{pointer}")
+
+
+def _is_bare_type(schema: object) -> bool:
+    """Whether `schema` says one known type and nothing else to be checked, as most do."""
+    return isinstance(schema, dict) and schema.keys() <= _BARE_KEYS and schema.get("type") in JSON_TYPES
 
 
 def check_compiles(schema: Schema, name: str = "schema") -> None:
@@ -86,7 +97,7 @@ def subschemas(schema: object, name: str = "schema") -> Iterator[tuple[str, obje
         if depth > MAX_DEPTH:
             raise OptionError(f"{name}#{pointer} is nested more than {MAX_DEPTH} deep; move inner parts to $defs")
         yield pointer, current
-        if isinstance(current, Mapping):
+        if isinstance(current, Mapping) and not _INNER_KEYS.isdisjoint(current):
             inner = [(f"{pointer}/{key}", value, depth + 1) for key, value in _inner_schemas(current)]
             waiting.extend(reversed(inner))
 
@@ -126,7 +137,7 @@ def resolve(reference: str, root: object) -> object:
 
 def _check_is_json(schema: object, name: str) -> None:
     try:
-        json.dumps(schema, allow_nan=False)
+        _TO_JSON.encode(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{name} is not JSON: {error}; give what json.loads returns") from error
 
@@ -156,9 +167,11 @@ def _check_keywords(schema: object, place: str) -> None:
 
 def _check_format(schema: Mapping[str, Any], place: str) -> None:
     """A format is about strings alone; where no string is possible it says nothing (`int32`)."""
+    if "format" not in schema:
+        return
     types = schema.get("type", "string")
     applies = "string" in ([types] if isinstance(types, str) else types)
-    if applies and "format" in schema and schema["format"] not in FORMATS:
+    if applies and schema["format"] not in FORMATS:
         raise OptionError(
             f"{place}/format: the format {schema['format']!r} is not supported, expected one of "
             f"{', '.join(FORMATS)}; remove it or write a pattern"
@@ -167,7 +180,9 @@ def _check_format(schema: Mapping[str, Any], place: str) -> None:
 
 def _check_num_properties(schema: Mapping[str, Any], place: str) -> None:
     """Free keys may repeat, so they cannot be counted: two of them may be one property."""
-    minimum = schema.get("minProperties", 0)
+    if "minProperties" not in schema:
+        return
+    minimum = schema["minProperties"]
     if minimum > max(1, len(set(schema.get("required", ())))):
         raise OptionError(
             f"{place}/minProperties is {minimum}: the keyword 'minProperties' is supported up to 1, or up to the "

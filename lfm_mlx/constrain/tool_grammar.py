@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lfm_mlx.constrain.lark_rules import LarkRules, either, quoted
-from lfm_mlx.constrain.literal_grammar import COMMA, Form, LiteralGrammar, property_schemas, sequence, spell_string
+from lfm_mlx.constrain.literal_grammar import (
+    COMMA,
+    SEPARATORS,
+    Form,
+    LiteralGrammar,
+    property_schemas,
+    sequence,
+    spell_string,
+)
 from lfm_mlx.constrain.schema_check import ANNOTATIONS, check_schema, resolve
 from lfm_mlx.errors import OptionError
 from lfm_mlx.types import Tool
@@ -41,9 +50,9 @@ def read_tools(tools: Sequence[Tool]) -> tuple[ToolDeclaration, ...]:
     """
     declarations = tuple(_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
     names = [one.name for one in declarations]
-    for name in names:
-        if names.count(name) > 1:
-            raise OptionError(f"tools: the name {name!r} stands {names.count(name)} times, expected once; rename one")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise OptionError(f"tools: the name {name!r} stands {count} times, expected once; rename one")
     return declarations
 
 
@@ -62,7 +71,8 @@ def calls_grammar(tools: Sequence[ToolDeclaration], *, form: Form, is_parallel: 
     write = _pythonic_call if form == "pythonic" else _json_call
     call = rules.rule(either(rules.rule(write(rules, tool)) for tool in tools))
     more = f"({COMMA} {call})*" if is_parallel else ""
-    return rules.text("calls", f'"[" {call} {more} "]"')
+    calls = rules.text("calls", f'"[" {call} {more} "]"')
+    return f"{calls}\n{SEPARATORS}"
 
 
 def _pythonic_call(rules: LarkRules, tool: ToolDeclaration) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lfm_mlx.constrain import Constraint, GrammarTokenizer, Mask, Matcher
+from lfm_mlx.bench.mask_time import allowed_ids
+from lfm_mlx.constrain import Constraint, GrammarTokenizer, Matcher
 from lfm_mlx.tokenizer import Tokenizer
 
 CLOSING = (b'"', b"'", b"]", b"}", b")", b"<|im_end|>", b"</think>", b"<|tool_call_end|>")
@@ -24,11 +24,6 @@ class Answer:
     ids: list[int]
     text: str
     is_complete: bool
-
-
-def allowed_ids(mask: Mask) -> NDArray[np.int64]:
-    """The ids that a packed mask allows."""
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 
 def draw(matcher: Matcher, vocabulary: GrammarTokenizer, rng: np.random.Generator, *, max_tokens: int = 120) -> Answer:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from drawing import allowed_ids
 from tool_cases import WEATHER
 
+from lfm_mlx.bench.mask_time import allowed_ids
 from lfm_mlx.constrain import BatchMasks, Choice, GrammarTokenizer, JsonObject, Matcher, Regex, ToolCalls
 from lfm_mlx.errors import OptionError
 from lfm_mlx.sampling import Sampler, unpack

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawing import accepts, accepts_text, allowed_ids, answers, draw, read_pythonic
+from drawing import accepts, accepts_text, answers, draw, read_pythonic
 from tool_cases import EVENT, OPTIONAL, WEATHER
 
+from lfm_mlx.bench.mask_time import allowed_ids
 from lfm_mlx.constrain import (
     Choice,
     Constraint,
