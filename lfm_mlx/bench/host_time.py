@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.bench.launches import stand_ins
+from lfm_mlx.bench.launches import require_compiler, stand_ins
 from lfm_mlx.bench.machine import backend
 from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.sides import Ours, Side
@@ -67,7 +67,11 @@ def ask_host_time(
         batch_sizes: numbers of rows.
         repeats: timed steps a side and batch size.
         grown_to: the context up to which traces are counted, if the model can have it.
+
+    Raises:
+        OptionError: MLX cannot compile here.
     """
+    require_compiler()
     grown_to = min(grown_to, subject.config.max_context - 1)
     sides = subject.without_memory()
     timed = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.bench.launches import Count, count, stand_ins
+from lfm_mlx.bench.launches import Count, count, require_compiler, stand_ins
 from lfm_mlx.bench.layouts import count_copies
 from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.sides import GREEDY, Side
@@ -39,7 +39,11 @@ def ask_launches(
         subject: which model.
         contexts: tokens that a single row has seen; None: from one to all that the model can have.
         batch_sizes: numbers of rows, beside one.
+
+    Raises:
+        OptionError: MLX cannot compile here.
     """
+    require_compiler()
     chosen = contexts or [context for context in CONTEXTS if context < subject.config.max_context]
     cases = [(1, context) for context in chosen]
     cases += [(B, BATCH_CONTEXT) for B in batch_sizes if (B, BATCH_CONTEXT) not in cases]

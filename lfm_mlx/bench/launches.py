@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from lfm_mlx.bench.machine import backend
+from lfm_mlx.errors import OptionError
 
 FREE = frozenset(
     {
@@ -184,6 +188,18 @@ def layers_of(nodes: Sequence[Node]) -> list[int]:
 
 def _depth(name: str, depths: Mapping[str, int | None]) -> int | None:
     return int(name.split()[1]) if name.startswith("layer ") else depths.get(name)
+
+
+def require_compiler() -> None:
+    """Refuse to count or time compiled steps where MLX cannot compile.
+
+    Raises:
+        OptionError: MLX uses the CPU, where it compiles through g++, and there is none.
+    """
+    if backend() == "cpu" and shutil.which("g++") is None:
+        raise OptionError(
+            "no g++ was found on the PATH: MLX's CPU backend compiles through it; install it, or use a GPU"
+        )
 
 
 @contextlib.contextmanager

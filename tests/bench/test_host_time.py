@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gc
+import shutil
 
 import mlx.core as mx
+import pytest
 
 from lfm_mlx.bench.host_time import CountingStepper, ask_host_time, count_traces
 from lfm_mlx.bench.launches import stand_ins
 from lfm_mlx.bench.sides import Ours
 from lfm_mlx.bench.subject import Subject
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="mx.compile needs g++ on the CPU, and there is none on the PATH"
+)
 
 
 def test_nothing_is_traced_again_while_the_context_grows_to_32k(ours: Ours) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,10 @@ from lfm_mlx.bench.subject import Subject, uneven_lengths
 from lfm_mlx.errors import OptionError
 from lfm_mlx.model import ShortConv
 from lfm_mlx.types import SamplingParams
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="mx.compile needs g++ on the CPU, and there is none on the PATH"
+)
 
 MOST_LAUNCHES = 370
 MOST_LAUNCHES_16_ROWS = 400

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import mlx.core as mx
+import pytest
 
 from lfm_mlx.bench.launches import count, stand_ins
 
@@ -26,6 +28,9 @@ def test_a_concatenation_is_a_launch_an_input() -> None:
     assert count([mx.concatenate([ready(2), ready(3), ready(4)])]).by_kind == {"copy": 3}
 
 
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="mx.compile needs g++ on the CPU, and there is none on the PATH"
+)
 def test_every_call_of_a_compiled_function_is_a_launch() -> None:
     fused = mx.compile(lambda x: mx.abs(x) * 2 + 1)
     x = fused(ready(3))
