@@ -21,8 +21,8 @@ from lfm_mlx.model import Model
 from lfm_mlx.terminal import format_bytes
 
 CONTEXT = 4096
-CPU_COMPUTED = 16
-DECODED = 4
+CPU_COMPUTED = 2
+DECODED = 2
 
 NOTES = (
     "MLX: bytes of arrays. peak: the most that was held during the phase. process: the most memory the process ever",
