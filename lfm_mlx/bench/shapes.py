@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from lfm_mlx import build
 from lfm_mlx.config import ModelConfig, Quantization
@@ -176,16 +177,16 @@ class RandomWeights(_Storage):
     """Random numbers, scaled so that activations stay finite through all layers; the same for the same name."""
 
     def tensor(self, name: str) -> mx.array:
-        """The tensor, unevaluated."""
+        """The tensor; codes are drawn at once."""
         shape, dtype = self._stored_as(name)
         path, _, part = name.rpartition(".")
         key = mx.random.key(zlib.crc32(name.encode()))
         if part in ("scales", "biases"):
             return mx.full(shape, self._scale(path) * (1.0 if part == "scales" else self._offset(path)), dtype=dtype)
         if dtype == mx.uint32:
-            # Byte by byte: MLX draws integers through float32, whose 24 bits would leave the lowest codes zero.
-            codes = mx.random.randint(0, 256, (*shape[:-1], 4 * shape[-1]), dtype=mx.uint8, key=key)
-            return codes.view(mx.uint32)
+            # MLX draws integers through float32: four times the bytes, which would be the peak of what is measured.
+            generator = np.random.default_rng(zlib.crc32(name.encode()))
+            return mx.array(np.frombuffer(generator.bytes(4 * math.prod(shape)), dtype=np.uint32).reshape(shape))
         if name.endswith("norm.weight"):
             return mx.ones(shape, dtype=dtype)
         width = 0.01 if part == "expert_bias" else 0.5 if name.endswith(".conv.conv.weight") else shape[-1] ** -0.5
