@@ -103,4 +103,4 @@ def _grown(buffer: mx.array, capacity: int) -> mx.array:
     if used == capacity:
         return buffer
     spare = mx.zeros((batch_size, num_heads, capacity - used, width), dtype=buffer.dtype)
-    return mx.concatenate([buffer, spare], axis=2)
+    return mx.concatenate([buffer, spare], axis=2) if used else spare
