@@ -126,6 +126,7 @@ class Chat:
             raise OptionError("this chat is writing another turn; wait for its end, or use a second Chat")
         before = list(self.messages)
         try:
+            self._runner.begin()
             self._cancelled = cancelled or threading.Event()
             structured = StructuredAnswer.of(schema)
             if content is not None:

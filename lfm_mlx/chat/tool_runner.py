@@ -27,11 +27,16 @@ class ToolRunner:
         self._functions = {one.name: one for one in map(_as_function, tools) if one is not None}
         self._confirm = confirm
         self._running: Future[str] | None = None
+        self._is_cancelled = False
 
     @property
     def has_functions(self) -> bool:
         """Whether there is anything to run."""
         return bool(self._functions)
+
+    def begin(self) -> None:
+        """Forget an earlier `cancel`: another turn begins."""
+        self._is_cancelled = False
 
     def can_run(self, calls: Iterable[ToolCall]) -> bool:
         """Whether all calls are of functions."""
@@ -55,14 +60,17 @@ class ToolRunner:
     def _call(self, function: FunctionTool, call: ToolCall, loop: asyncio.AbstractEventLoop | None) -> str:
         if loop is None or not inspect.iscoroutinefunction(function.function):
             return function.call(call.arguments)
-        self._running = asyncio.run_coroutine_threadsafe(function.acall(call.arguments), loop)
+        self._running = running = asyncio.run_coroutine_threadsafe(function.acall(call.arguments), loop)
+        if self._is_cancelled:  # Between the start and the line above, `cancel` found nothing to end.
+            running.cancel()
         try:
-            return self._running.result()
+            return running.result()
         finally:
             self._running = None
 
     def cancel(self) -> None:
-        """End the `async` function that is running in a loop; others run to their end."""
+        """End the `async` function that runs in a loop, or is about to; others run to their end."""
+        self._is_cancelled = True
         if (running := self._running) is not None:
             running.cancel()
 
