@@ -84,6 +84,21 @@ class AttentionCache(ABC):
         # New handles: writing in place would otherwise change what the snapshot holds.
         self.arrays = tuple(array[:] for array in stored)
 
+    def fill(self, columns: Sequence[Sequence[mx.array]]) -> None:
+        """Begin with these columns of one row in place of what is there; room that was reserved stays.
+
+        Args:
+            columns: for each buffer arrays ``(1, G, n, width)`` that follow each other.
+        """
+        num_tokens = sum(array.shape[2] for array in columns[0])
+        capacity = max(self.capacity, -(-num_tokens // GROWTH_TOKENS) * GROWTH_TOKENS)
+        filled = []
+        for arrays in columns:
+            _, num_heads, _, width = arrays[0].shape
+            spare = mx.zeros((1, num_heads, capacity - num_tokens, width), dtype=arrays[0].dtype)
+            filled.append(mx.concatenate([*arrays, spare], axis=2))
+        self.arrays = tuple(filled)
+
     def keep(self, rows: mx.array) -> None:
         """Keep only these rows of the batch, in this order; `rows` holds int32 indices."""
         self.arrays = tuple(array[rows] for array in self.arrays)

@@ -13,10 +13,15 @@ class ConvState:
     """The last W - 1 gated inputs of each row, oldest first, one array ``(B, 1, 1, D)`` a position.
 
     Separate arrays of the shape in which a decode step computes make its shift free: nothing is copied.
+
+    Attributes:
+        rows: the positions.
+        handed_out: what was remembered at the K places that the latest span asked for, ``(K, W - 1, D)``, or None.
     """
 
     def __init__(self, rows: Sequence[mx.array]) -> None:
         self.rows: tuple[mx.array, ...] = tuple(rows)
+        self.handed_out: mx.array | None = None
 
     @classmethod
     def zeros(cls, batch_size: int, num_rows: int, width: int, dtype: mx.Dtype) -> ConvState:
@@ -47,6 +52,9 @@ class ConvState:
             latest = [mx.take_along_axis(seen, counts + i, axis=1)[:, None] for i in range(num_rows)]
         # A slice would keep the whole chunk alive for as long as the row is remembered.
         self.rows = tuple(mx.contiguous(row) for row in latest)
+        if span.asked:
+            index = mx.array([place + i for place in span.asked for i in range(num_rows)], dtype=mx.int32)
+            self.handed_out = seen[0, index].reshape(len(span.asked), num_rows, -1)
         return seen
 
     def snapshot(self) -> tuple[mx.array, ...]:

@@ -20,12 +20,14 @@ class Span:
         counts: how many of the L tokens of each row are real; the rest is padding on the right.
         num_tokens: L, the padded number of tokens of this call.
         offsets: `starts` on the device, int32: a scalar when all rows start alike, else ``(B,)``.
+        asked: tokens into this call, of a single row, after which the convolutions hand out what they remember.
     """
 
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     num_tokens: int
     offsets: mx.array
+    asked: tuple[int, ...] = ()
 
     @classmethod
     def make(cls, starts: Sequence[int], num_tokens: int, counts: Sequence[int] | None = None) -> Span:

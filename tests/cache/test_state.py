@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_models import random_tokens, tiny_config
+from random_models import random_tokens, tiny_config, tiny_model
 
 from lfm_mlx.cache import ConvState, KVCache, QuantizedKVCache, State
 from lfm_mlx.config import ModelConfig
@@ -110,3 +112,77 @@ def test_rows_of_two_states_join_with_their_lengths(moe_model):
     state.keep([2, 0])
     assert state.lengths == (2, 7)
     assert {array.shape[0] for array in state.arrays} == {2}
+
+
+@pytest.mark.parametrize("taps", [2, 3, 5])
+def test_checkpoints_of_a_chunk_are_what_a_state_remembers_that_stopped_there(taps):
+    model = tiny_model(tiny_config(conv_L_cache=taps))
+    tokens = random_tokens(1, 40)
+    state = model.new_state()
+    state.ask([1, 2, 9, 30, 31, 40, 41, 90])
+    for start in (0, 10, 31):
+        model(tokens[:, start : {0: 10, 10: 31, 31: 40}[start]], state)
+    mx.eval(state.arrays)
+    found = state.take_checkpoints()
+    assert sorted(found) == [1, 2, 9, 30, 31, 40]
+    for length, checkpoint in found.items():
+        stopped = model.new_state()
+        model(tokens[:, :length], stopped)
+        assert checkpoint.shape == (2, taps - 1, 32)
+        np.testing.assert_allclose(np.array(checkpoint), np.array(stopped.checkpoint()), atol=1e-5)
+    assert not np.allclose(np.array(found[30]), np.array(found[31]), atol=1e-2)
+    model(tokens, state)
+    assert not state.take_checkpoints()
+
+
+def test_asking_for_checkpoints_changes_nothing_else(moe_model):
+    plain, asked = moe_model.new_state(), moe_model.new_state()
+    asked.ask([3, 7, 20])
+    logits = [np.array(moe_model(random_tokens(1, 20), state)) for state in (plain, asked)]
+    np.testing.assert_array_equal(*logits)
+    assert asked.num_bytes == plain.num_bytes + 3 * asked.checkpoint().nbytes
+    asked.take_checkpoints()
+    for array, expected in zip(asked.arrays, plain.arrays, strict=True):
+        np.testing.assert_array_equal(np.array(array), np.array(expected))
+
+
+def test_a_checkpoint_of_a_row_is_that_row_s(moe_model):
+    state = moe_model.new_state(2)
+    moe_model(random_tokens(2, 9), state, lengths=[9, 4])
+    for row, length in enumerate((9, 4)):
+        alone = moe_model.new_state()
+        moe_model(random_tokens(2, 9)[row : row + 1, :length], alone)
+        np.testing.assert_allclose(np.array(state.checkpoint(row)), np.array(alone.checkpoint()), atol=1e-5)
+
+
+def test_checkpoints_do_not_keep_each_other_or_their_chunk_in_memory():
+    model = tiny_model(tiny_config())
+    state = model.new_state()
+    state.ask(range(1, 1500))
+    model(random_tokens(1, 1500), state)
+    mx.eval(state.arrays)
+    kept = state.take_checkpoints()[700]
+    del state
+    before = held_bytes()
+    del kept
+    assert before - held_bytes() < 40_000
+
+
+def held_bytes() -> int:
+    gc.collect()
+    return mx.get_active_memory()
+
+
+def test_checkpoints_are_asked_of_a_single_row(moe_model):
+    with pytest.raises(OptionError, match="checkpoints were asked of a state of 2 rows, expected 1"):
+        moe_model.new_state(2).ask([3])
+
+
+def test_checkpoints_behind_a_place_that_was_gone_back_to_are_gone(moe_model):
+    state = moe_model.new_state()
+    state.ask([3, 6])
+    moe_model(random_tokens(1, 4), state)
+    mark = state.mark()
+    moe_model(random_tokens(1, 4), state)
+    state.rewind(mark)
+    assert list(state.take_checkpoints()) == [3]
