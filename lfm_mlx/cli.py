@@ -26,6 +26,7 @@ _LAZY_COMMANDS = {
     "bench": "lfm_mlx.bench.__main__",
     "chat": "lfm_mlx.chat.__main__",
     "convert": "lfm_mlx.convert.__main__",
+    "server": "lfm_mlx.server.__main__",
 }
 """Commands whose modules are imported only when they are called."""
 

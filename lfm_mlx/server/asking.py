@@ -1,0 +1,102 @@
+"""What any interface asks of the model, and how it becomes a prompt with rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lfm_mlx.chat import AnswerOptions, RenderedPrompt, as_tools, render_prompt
+from lfm_mlx.chat.answer import calls_constraint, reasoning_tokens
+from lfm_mlx.constrain import Constraint
+from lfm_mlx.model import Model
+from lfm_mlx.server.http_errors import ApiError
+from lfm_mlx.tokenizer import Tokenizer
+from lfm_mlx.types import Message, SamplingParams, Tool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One question to the model.
+
+    Args:
+        messages: in OpenAI's form.
+        tools: in OpenAI's form.
+        tool_choice: "auto", "none", "required" or a tool's name.
+        is_parallel: whether an answer may hold several calls.
+        form: what the answer must be, where it is no call.
+        sampling: fields of `SamplingParams` that differ from the model card's.
+        max_tokens: most tokens of an answer, reasoning included.
+        stop: strings that end an answer.
+        thinking_budget: most tokens of reasoning; None sets no limit.
+        variables: further variables of the chat template.
+        num_answers: how many answers to write.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+    tool_choice: str = "auto"
+    is_parallel: bool = True
+    form: Constraint | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    thinking_budget: int | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    num_answers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A question, ready for the engine."""
+
+    prompt: RenderedPrompt
+    tools: Sequence[Tool]
+    options: Sequence[AnswerOptions]
+    """One for each answer."""
+
+
+def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
+    """Render the prompt, compile the grammars, check the options: what needs no engine.
+
+    Raises:
+        LfmError: the question cannot be asked.
+    """
+    tools = as_tools(ask.tools)
+    prompt = render_prompt(tokenizer, ask.messages, tools=tools or None, **ask.variables)
+    model.checked_prompt(prompt.ids)
+    # A model without markers for reasoning keeps within any budget.
+    can_reason = reasoning_tokens(tokenizer) is not None
+    options = [
+        AnswerOptions(
+            sampling=sampling,
+            max_tokens=ask.max_tokens,
+            stop=ask.stop,
+            constraint=_constraint(ask, tools),
+            thinking_budget=ask.thinking_budget if can_reason else None,
+        )
+        for sampling in spread_seeds(replace(model.sampling, **ask.sampling), ask.num_answers)
+    ]
+    return Prepared(prompt=prompt, tools=tools, options=options)
+
+
+def spread_seeds(sampling: SamplingParams, num_answers: int) -> list[SamplingParams]:
+    """The sampling of each of several answers to one question: with a seed, each has the next one."""
+    seed = sampling.seed
+    if seed is None:
+        return [sampling] * num_answers
+    return [replace(sampling, seed=(seed + number) % 2**64) for number in range(num_answers)]
+
+
+def _constraint(ask: Ask, tools: Sequence[Tool]) -> Constraint | None:
+    if ask.form is None:
+        return calls_constraint(tools, ask.tool_choice, is_parallel=ask.is_parallel)
+    if ask.tool_choice not in ("auto", "none"):
+        return calls_constraint(tools, ask.tool_choice, is_parallel=ask.is_parallel)
+    if tools and ask.tool_choice == "auto":
+        raise ApiError(
+            "response_format and tools were given with tool_choice 'auto', expected one of them; leave one out, or "
+            "choose 'none' or 'required'",
+            param="response_format",
+        )
+    return ask.form

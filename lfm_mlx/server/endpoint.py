@@ -1,0 +1,58 @@
+"""What every endpoint does alike: its service, its fields, its errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from starlette.requests import Request
+
+from lfm_mlx.server.field_types import Fields
+from lfm_mlx.server.http_errors import as_api_error, dialect_of
+from lfm_mlx.server.model_service import Service
+from lfm_mlx.server.request_body import read_json
+from lfm_mlx.server.sse import event
+
+log = logging.getLogger("lfm_mlx.server")
+
+
+def service_of(request: Request) -> Service:
+    """The service that a request came to."""
+    return cast(Service, request.app.state.service)
+
+
+def request_id(request: Request) -> str:
+    """The id under which a request is logged."""
+    return str(request.scope.get("request_id", ""))
+
+
+async def read_fields(request: Request, fields: Fields) -> dict[str, Any]:
+    """The checked fields of a request.
+
+    Raises:
+        ApiError: the body or a field is refused.
+    """
+    settings = service_of(request).settings
+    body = await read_json(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    read: dict[str, Any] = fields.read(body, "")
+    return read
+
+
+async def stream_errors(request: Request, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A stream of events in which an error is one more, the last."""
+    try:
+        async for one in events:
+            yield one
+    except Exception as error:
+        # The status line is gone; this is where a client can be told.
+        api_error = as_api_error(error)
+        if api_error.status == 500:
+            log.error("failed", exc_info=error, extra={"fields": {"id": request_id(request)}})
+        dialect = dialect_of(request.url.path)
+        name = "error" if dialect == "anthropic" else None
+        yield event(api_error.body(dialect, request_id(request)), name)
+    finally:
+        close = getattr(events, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,179 @@
+"""The body of a request, read within limits, as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from typing import Any, NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from lfm_mlx.server.http_errors import ApiError
+
+MAX_DEPTH = 64
+"""Levels of lists and objects: tool schemas need a dozen."""
+
+PARSE_IN_THREAD_BYTES = 256 << 10
+"""Bodies from here on are parsed beside the event loop, which serves the others meanwhile."""
+
+DRAIN_S = 10.0
+"""How long the rest of a body that is too large is thrown away, so that its sender comes to read the answer."""
+
+_HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+async def read_json(request: Request, *, max_bytes: int, timeout_s: float) -> Any:
+    """The JSON value that a request carries.
+
+    Raises:
+        ApiError: it is too large, too slow, nested too deeply, or no JSON.
+    """
+    body = await read_body(request, max_bytes=max_bytes, timeout_s=timeout_s)
+    if len(body) >= PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(parse_json, body)
+    return parse_json(body)
+
+
+async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The bytes of a body; one that is too large is never held as a whole.
+
+    Raises:
+        ApiError: it is too large, or takes too long.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        await _drain(request)
+        raise _too_large(int(announced), max_bytes)
+    parts: list[bytes] = []
+    num_bytes = 0
+    try:
+        async with _Deadline(timeout_s):
+            async for part in request.stream():
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
+                    break
+                parts.append(part)
+    except asyncio.TimeoutError:
+        raise ApiError(
+            f"the body did not arrive within {timeout_s:g} s, expected it faster; send it again",
+            status=408,
+            code="timeout",
+            closes=True,
+        ) from None
+    if num_bytes > max_bytes:
+        parts.clear()
+        await _drain(request)
+        raise _too_large(num_bytes, max_bytes)
+    return b"".join(parts)
+
+
+def parse_json(body: bytes) -> Any:
+    """The JSON value of a body.
+
+    Raises:
+        ApiError: it is no JSON, or nested too deeply, or has text that is no Unicode.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise _too_deep() from None
+    except UnicodeDecodeError as error:
+        raise ApiError(f"the body has a byte at {error.start} that is no UTF-8, expected JSON in UTF-8") from None
+    except ValueError as error:
+        raise ApiError(f"the body is no JSON: {error}; expected a JSON object", code="invalid_json") from None
+    _check_tree(value, checks_text=_HALF_SURROGATE.search(body) is not None)
+    return value
+
+
+def _check_tree(value: Any, *, checks_text: bool) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                following += item.values()
+                if checks_text:
+                    following += item
+            elif isinstance(item, list):
+                following += item
+            elif checks_text and isinstance(item, str):
+                _check_text(item)
+        level = [item for item in following if checks_text or isinstance(item, (dict, list))]
+        depth += 1
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            f"the body has a string with half a surrogate pair, {text[error.start]!r}, expected Unicode; replace it",
+            code="invalid_json",
+        ) from None
+
+
+def _too_deep() -> ApiError:
+    return ApiError(
+        f"the body is nested more than {MAX_DEPTH} levels deep, expected fewer; flatten it", code="invalid_json"
+    )
+
+
+def _too_large(num_bytes: int, max_bytes: int) -> ApiError:
+    return ApiError(
+        f"the body has {num_bytes:,} bytes or more, expected at most {max_bytes:,}; send less or start the server with "
+        "a larger --max-body-mb",
+        status=413,
+        code="body_too_large",
+        closes=True,
+    )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+async def _drain(request: Request) -> None:
+    """Read and forget the rest of a body, for a while."""
+    started_s = time.monotonic()
+    try:
+        async with _Deadline(DRAIN_S):
+            while time.monotonic() - started_s < DRAIN_S:
+                message = await request.receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except (asyncio.TimeoutError, ClientDisconnect):
+        return
+
+
+class _Deadline:
+    """`async with` that is left with TimeoutError after some seconds; asyncio.timeout came with Python 3.11."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._is_late = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    def _end(self) -> None:
+        self._is_late = True
+        self._task.cancel()
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._timer.cancel()
+        if self._is_late and kind is asyncio.CancelledError:
+            raise asyncio.TimeoutError from None

@@ -1,0 +1,105 @@
+"""From a service to a running server and back: sockets, signals, a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+
+from lfm_mlx.errors import OptionError
+from lfm_mlx.server.app import make_app
+from lfm_mlx.server.http_protocol import HEADER_TIMEOUT_S, READ_TIMEOUT_S, protocol_class
+from lfm_mlx.server.model_service import Service
+
+log = logging.getLogger("lfm_mlx.server")
+GRACE_S = 5.0
+"""Given to streams to say that they were cut, beyond the time in which they may finish."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, which on SIGINT or SIGTERM lets answers finish for a while and then ends them.
+
+    Args:
+        service: what is served.
+        shutdown_timeout_s: for answers to finish.
+        read_timeout_s: in which a client has to read what was written.
+        header_timeout_s: in which a client has to ask.
+        tls_cert, tls_key: files in PEM form; None serves plain HTTP.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        shutdown_timeout_s: float = 10.0,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        header_timeout_s: float = HEADER_TIMEOUT_S,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        self._service = service
+        self._shutdown_timeout_s = shutdown_timeout_s
+        config = uvicorn.Config(
+            make_app(service),
+            http=protocol_class(read_timeout_s=read_timeout_s, header_timeout_s=header_timeout_s),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(shutdown_timeout_s + GRACE_S) or 1,
+            ssl_certfile=tls_cert,
+            ssl_keyfile=tls_key,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, let answers finish within the time, end the others."""
+        self._service.begin_closing()
+        log.info("closing", extra={"fields": {"open_answers": self._service.answering.num_open}})
+        timer = asyncio.get_running_loop().call_later(self._shutdown_timeout_s, self._service.cancel_all)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """The first signal ends gracefully, the second at once; neither is raised again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        OptionError: the address cannot be used.
+    """
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(info[0], socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(info[4])
+            listening.listen(2048)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise OptionError(
+            f"{host}:{port} cannot be listened on: {error.strerror}; choose another --host or --port"
+        ) from error
+    return listening

@@ -1,0 +1,124 @@
+"""Server-sent events: a response that writes them as they come and notices that nobody listens any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+_T = TypeVar("_T")
+
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip: it keeps proxies and clients from giving up on a silent connection."""
+
+
+def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
+    """One event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    head = f"event: {name}\n" if name is not None else ""
+    return f"{head}data: {text}\n\n".encode()
+
+
+class EventStream:
+    """A response of events.
+
+    It writes no faster than the client reads: what is not asked for stays where it is made. When the client goes away
+    `events` is closed.
+
+    Args:
+        events: the events as bytes; closed in the end, whatever happens.
+        keep_alive_s: seconds of silence after which a comment is sent.
+        headers: further ones.
+    """
+
+    def __init__(
+        self, events: AsyncIterator[bytes], *, keep_alive_s: float, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._events = events
+        self._keep_alive_s = keep_alive_s
+        self._headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **(headers or {}),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        listening = asyncio.ensure_future(_until_gone(receive))
+        writing = asyncio.ensure_future(self._write(send))
+        try:
+            await asyncio.wait({listening, writing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            listening.cancel()
+            writing.cancel()
+            await asyncio.wait({listening, writing})
+            close = getattr(self._events, "aclose", None)
+            if close is not None:
+                await close()
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            raise error
+
+    async def _write(self, send: Send) -> None:
+        headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        following: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                following = following or asyncio.ensure_future(_next(self._events))
+                done, _ = await asyncio.wait({following}, timeout=self._keep_alive_s)
+                if not done:
+                    await _send_part(send, KEEP_ALIVE)
+                    continue
+                try:
+                    part = following.result()
+                except StopAsyncIteration:
+                    break
+                following = None
+                await _send_part(send, part)
+        finally:
+            if following is not None and not following.done():
+                following.cancel()
+                await asyncio.wait({following})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes:
+    return await events.__anext__()
+
+
+async def _send_part(send: Send, part: bytes) -> None:
+    await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before it was answered."""
+
+
+async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientGoneError: it did.
+    """
+    working = asyncio.ensure_future(work)
+    listening = asyncio.ensure_future(_until_gone(request.receive))
+    try:
+        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        listening.cancel()
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({working, listening})
