@@ -10,6 +10,8 @@
     ├── OptionError           a parameter of a call has a wrong type or value (also a ValueError)
     ├── ContextLengthError    prompt and answer do not fit into the context
     ├── MemoryPlanError       the machine does not have the bytes that were asked for
+    ├── QueueFullError        too many requests wait for the engine already
+    ├── EngineClosedError     the engine takes no more requests
     └── ConversionError       a checkpoint cannot be converted or written
 
 Each message says what was found, what was expected, and what to do.
@@ -46,6 +48,22 @@ class ContextLengthError(LfmError):
 
 class MemoryPlanError(LfmError):
     """What was asked for needs more bytes than the machine has."""
+
+
+class QueueFullError(LfmError):
+    """Too many requests wait already.
+
+    Attributes:
+        retry_after_s: seconds after which a place is likely to be free.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineClosedError(LfmError):
+    """The engine was closed and takes no more requests."""
 
 
 class ConversionError(LfmError):

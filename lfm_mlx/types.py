@@ -16,8 +16,9 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 """One tool in OpenAI's form or as a bare function object (name, description, parameters)."""
 
-FinishReason = Literal["stop", "length", "cancelled", "repetition"]
-"""Why a generation ended: a stop token or string, ``max_tokens`` or the context, the caller, or the loop guard."""
+FinishReason = Literal["stop", "length", "cancelled", "repetition", "time_limit", "error"]
+"""Why a generation ended: a stop token or string, ``max_tokens`` or the context, the caller, the loop guard, its time
+limit, or an error that concerns it alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

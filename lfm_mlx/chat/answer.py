@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lfm_mlx.cache import Transcript
 from lfm_mlx.chat.messages import RenderedPrompt
+from lfm_mlx.chat.reader import AnswerReader
 from lfm_mlx.chat.reply import Usage
 from lfm_mlx.constrain import Constraint, Matcher, ToolCalls, grammar_tokenizer
-from lfm_mlx.engine import Engine, Request, Row
+from lfm_mlx.engine import Engine, EngineThread, Request, Row
 from lfm_mlx.engine.control import Control, ReasoningTokens
 from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import room_for_answer
@@ -17,7 +20,7 @@ from lfm_mlx.model import Model
 from lfm_mlx.parsing import OutputStream, ParsedOutput, StopStrings, collect
 from lfm_mlx.parsing.loop_guard import LoopGuard
 from lfm_mlx.tokenizer import Tokenizer, special
-from lfm_mlx.types import ContentDelta, FinishReason, OutputEvent, SamplingParams, Tool, check_integer
+from lfm_mlx.types import FinishReason, OutputEvent, SamplingParams, Tool, check_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class AnswerOptions:
 
 
 class Answer(Iterator[OutputEvent]):
-    """Iterate for events; afterwards `output`, `usage` and `finish_reason` say what it came to.
+    """Iterate for events, or `take` those that have come; `output`, `usage` and `finish_reason` say what it came to.
 
     Args:
         model: the model.
@@ -57,12 +60,16 @@ class Answer(Iterator[OutputEvent]):
         prompt: from `lfm_mlx.chat.messages.render_prompt`.
         tools: the tools the model was shown: calls are checked against them.
         options: how to generate.
-        transcript: earlier tokens to continue from; it holds all tokens afterwards.
+        transcript: earlier tokens to continue from; it holds all tokens afterwards. Not with `engine`.
+        engine: runs the answer among others from now on, in its own thread; None computes it while it is iterated.
+        on_progress: called in the engine's thread when there may be something to `take`; it should return at once.
 
     Raises:
-        OptionError: an option does not fit the model.
+        OptionError: an option does not fit the model, or a transcript was given with an engine.
         ContextLengthError: the prompt leaves no room.
         MemoryPlanError: prompt and answer need more memory than is free.
+        QueueFullError: too many requests wait for the engine.
+        EngineClosedError: the engine takes no more requests.
     """
 
     def __init__(
@@ -74,35 +81,70 @@ class Answer(Iterator[OutputEvent]):
         tools: Sequence[Tool] = (),
         options: AnswerOptions | None = None,
         transcript: Transcript | None = None,
+        engine: EngineThread | None = None,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         options = options or AnswerOptions()
         self._prompt = prompt
-        self._stops = StopStrings(options.stop)
-        self._detokenizer = tokenizer.detokenizer()
-        self._output = OutputStream(tools or None, in_reasoning=prompt.opens_reasoning)
         self._control = make_control(model, tokenizer, prompt, options)
-        self._engine = Engine(model)
-        self._row = self._engine.submit(
-            Request(
-                prompt=model.checked_prompt(prompt.ids),
-                sampling=options.sampling or model.sampling,
-                max_tokens=room_for_answer(model, len(prompt.ids), options.max_tokens, kv_bits=model.kv_bits),
-                stop_ids=tokenizer.stop_ids,
-                control=self._control,
-                transcript=transcript,
-                border_ids=_ids_of(tokenizer, special.TURN_START, special.THINK_START),
-                call_ids=_ids_of(tokenizer, special.TOOL_CALL_START),
-            )
+        self._reader = AnswerReader(
+            self._control,
+            tokenizer.detokenizer(),
+            OutputStream(tools or None, in_reasoning=prompt.opens_reasoning),
+            StopStrings(options.stop),
+            tokenizer.stop_ids,
         )
+        if engine is not None:
+            max_tokens = engine.room_for_answer(len(prompt.ids), options.max_tokens)
+        else:
+            max_tokens = room_for_answer(model, len(prompt.ids), options.max_tokens, kv_bits=model.kv_bits)
+        request = Request(
+            prompt=model.checked_prompt(prompt.ids),
+            sampling=options.sampling or model.sampling,
+            max_tokens=max_tokens,
+            stop_ids=tokenizer.stop_ids,
+            control=self._reader,
+            transcript=transcript,
+            border_ids=_ids_of(tokenizer, special.TURN_START, special.THINK_START),
+            call_ids=_ids_of(tokenizer, special.TOOL_CALL_START),
+        )
+        self._engine = Engine(model) if engine is None else None
+        self._has_news = threading.Event()
+        self._pending: deque[OutputEvent] = deque()
         self._written: list[OutputEvent] = []
-        self._num_taken = 0
         self._finish_reason: FinishReason | None = None
-        self._events = self._run()
+        if self._engine is not None:
+            self._row = self._engine.submit(request)
+        else:
+            assert engine is not None
+            self._row = engine.submit(request, _both(self._has_news.set, on_progress))
 
     def __next__(self) -> OutputEvent:
-        event = next(self._events)
+        while not self._pending:
+            if self._finish_reason is not None:
+                if self._row.error is not None:
+                    raise self._row.error
+                raise StopIteration
+            self._go_on()
+            self._collect()
+        event = self._pending.popleft()
         self._written.append(event)
         return event
+
+    def __del__(self) -> None:
+        if hasattr(self, "_row"):
+            self._row.cancel()  # Nobody will ever see what it would write.
+
+    def take(self) -> list[OutputEvent]:
+        """The events that have come since the last time, without waiting; `finish_reason` says whether these are all.
+
+        An answer that an error ended raises nothing here: its `finish_reason` is "error".
+        """
+        self._collect()
+        events = list(self._pending)
+        self._pending.clear()
+        self._written += events
+        return events
 
     def cancel(self) -> None:
         """End the answer after the step that is being computed; may be called from any thread."""
@@ -115,14 +157,19 @@ class Answer(Iterator[OutputEvent]):
 
     @property
     def output(self) -> ParsedOutput:
-        """What was written so far."""
+        """What was taken so far."""
         opened = self._prompt.opens_reasoning
-        return collect(self._written, in_reasoning=opened, is_open=self._output.is_reasoning)
+        return collect(self._written, in_reasoning=opened, is_open=self._reader.is_reasoning)
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the answer ended; None while it goes on."""
-        return self._finish_reason
+        """Why the answer ended; None while it goes on, or while its last events were not looked at."""
+        return self._finish_reason if not self._pending else None
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong, where `finish_reason` is "error"."""
+        return self._row.error
 
     @property
     def is_cut(self) -> bool:
@@ -139,42 +186,32 @@ class Answer(Iterator[OutputEvent]):
             reasoning_tokens=self._control.num_reasoning_tokens,
         )
 
-    def _run(self) -> Iterator[OutputEvent]:
-        while self._finish_reason is None:
-            if self._num_taken == len(self._row.generated) and self._row.finish_reason is None:
-                self._engine.step()
-            yield from self._take_tokens()
-            if self._num_taken == len(self._row.generated):
-                self._finish_reason = self._finish_reason or self._row.finish_reason
-        yield from self._passed(self._output.feed(self._detokenizer.finish()))
-        yield from self._passed(self._output.finish())
-        if rest := self._stops.finish():
-            yield ContentDelta(text=rest)
+    def _go_on(self) -> None:
+        """Compute a step, or wait for the thread that does."""
+        if self._engine is None:
+            self._has_news.wait()
+            self._has_news.clear()
+        elif self._row.finish_reason is None:
+            self._engine.step()
 
-    def _take_tokens(self) -> Iterator[OutputEvent]:
-        row = self._row
-        while self._num_taken < len(row.generated) and self._finish_reason is None:
-            token_id = row.generated[self._num_taken]
-            self._num_taken += 1
-            is_end = row.finish_reason == "stop" and self._num_taken == len(row.generated)
-            if not (is_end and token_id in row.request.stop_ids):
-                yield from self._passed(self._output.feed(self._detokenizer.add(token_id), token_id))
-            if self._stops.is_found:
-                row.cancel()
-                self._engine.step()  # Lets the row leave, so that its transcript is complete.
-                self._finish_reason = "stop"
+    def _collect(self) -> None:
+        """Queue the events that have come, and those that were held back until the row ended."""
+        finish_reason = self._row.finish_reason  # Looked at first: all events of a row that ended are there.
+        self._pending.extend(self._reader.take())
+        if finish_reason is not None and self._finish_reason is None:
+            self._pending.extend(self._reader.finish())
+            self._finish_reason = finish_reason
 
-    def _passed(self, events: Sequence[OutputEvent]) -> Iterator[OutputEvent]:
-        """Events with the content searched for stop strings; what follows one is dropped."""
-        for event in events:
-            if self._stops.is_found:
-                return
-            if not isinstance(event, ContentDelta):
-                if held := self._stops.finish():
-                    yield ContentDelta(text=held)
-                yield event
-            elif text := self._stops.add(event.text):
-                yield ContentDelta(text=text)
+
+def _both(first: Callable[[], None], second: Callable[[], None] | None) -> Callable[[], None]:
+    if second is None:
+        return first
+
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def make_control(model: Model, tokenizer: Tokenizer, prompt: RenderedPrompt, options: AnswerOptions) -> Control:

@@ -300,6 +300,7 @@ class Chat:
             return "cancelled" if self._cancelled.is_set() else "time_limit"
         if answer.output.tool_calls and answer.finish_reason == "stop":
             return "tool_calls"
+        assert answer.finish_reason != "error", "an answer raises its error"
         return answer.finish_reason or "stop"
 
 

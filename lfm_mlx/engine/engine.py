@@ -13,6 +13,7 @@ from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import prefill_chunk_tokens
 from lfm_mlx.model import Model
+from lfm_mlx.sampling import Sampler
 from lfm_mlx.step import stepper_of
 
 
@@ -48,8 +49,12 @@ class Engine:
                 "use an engine of its own for this request"
             )
         row = Row(request, self.model.config.vocab_size)
-        self._waiting.append(row)
+        self.add(row)
         return row
+
+    def add(self, row: Row) -> None:
+        """Queue a row, made in whatever thread, of a request without transcript."""
+        self._waiting.append(row)
 
     @property
     def is_idle(self) -> bool:
@@ -98,10 +103,11 @@ class Engine:
             if request.transcript is not None:
                 transcript.mark()
         assert hidden is not None
-        sampler_state = row.sampler.start([request.prompt])
-        ids = draw([row], self.model.head(hidden), row.sampler, sampler_state)
+        sampler = Sampler([row.sampling], self.model.config.vocab_size)
+        sampler_state = sampler.start([request.prompt])
+        ids = draw([row], self.model.head(hidden), sampler, sampler_state)
         mx.async_eval(ids, sampler_state)
-        yield Batch(row, state, row.sampler, sampler_state, ids)
+        yield Batch(row, state, sampler, sampler_state, ids)
 
     def _pieces(self, request: Request, start: int) -> Iterator[tuple[int, int]]:
         """Ranges of prompt tokens to compute at once: chunks, cut at message borders where these are marked."""
@@ -138,8 +144,8 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self._waiting if row.is_cancelled]:
-            row.finish_reason = "cancelled"
+            row.end("cancelled")
             self._waiting.remove(row)
         if self._prefilling is not None and self._prefilling[0].is_cancelled:
-            self._prefilling[0].finish_reason = "cancelled"
+            self._prefilling[0].end("cancelled")
             self._prefilling = None

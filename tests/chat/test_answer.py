@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from tokenizer import lfm_templates
 from lfm_mlx.chat import Answer, AnswerOptions, render_prompt
 from lfm_mlx.chat import answer as module
 from lfm_mlx.constrain import JsonSchema
+from lfm_mlx.engine import EngineThread
 from lfm_mlx.engine.batch import Batch
 from lfm_mlx.errors import OptionError
 from lfm_mlx.parsing.loop_guard import LoopGuard
@@ -23,9 +27,22 @@ LOOPING = SamplingParams(logit_bias={400: 1000.0})
 """Makes the random model write one token again and again."""
 
 
-def answer(template: str | None = None, **options: Any) -> Answer:
+def answer(
+    template: str | None = None,
+    *,
+    engine: EngineThread | None = None,
+    on_progress: Callable[[], None] | None = None,
+    **options: Any,
+) -> Answer:
     tokenizer = scripted_model.tokenizer(template)
-    return Answer(scripted_model.model(), tokenizer, render_prompt(tokenizer, [USER]), options=AnswerOptions(**options))
+    return Answer(
+        scripted_model.model(),
+        tokenizer,
+        render_prompt(tokenizer, [USER]),
+        options=AnswerOptions(**options),
+        engine=engine,
+        on_progress=on_progress,
+    )
 
 
 def finished(one: Answer) -> Answer:
@@ -84,7 +101,7 @@ def test_a_thinking_budget_closes_the_reasoning_after_so_many_tokens(template: s
     sampling = SamplingParams(logit_bias=bias)
     one = answer(template, thinking_budget=budget, sampling=sampling, max_tokens=12, guards_loops=False)
     if template is None:
-        one.row.request.control._queue.append(opened)  # type: ignore[union-attr]
+        one._control._queue.append(opened)
     finished(one)
     assert reasoning_of(one) == [400] * budget
     assert one.usage.reasoning_tokens == budget + 1  # `</think>` itself is one.
@@ -175,6 +192,46 @@ def test_a_cancelled_answer_says_so_and_keeps_what_it_has() -> None:
     assert one.finish_reason == "cancelled"
     assert len(one.row.generated) < 10
     assert one.output.content == "".join(event.text for event in events if isinstance(event, ContentDelta))
+
+
+def test_answers_in_a_shared_engine_are_those_of_engines_of_their_own() -> None:
+    engine = EngineThread(scripted_model.model(), max_rows=3)
+    sampling = SamplingParams(temperature=1.0, seed=3)
+    kinds: list[dict[str, Any]] = [
+        {"sampling": sampling, "max_tokens": 30},
+        {"constraint": JsonSchema(SCHEMA, reasoning="forbidden"), "sampling": sampling, "max_tokens": 60},
+        {"sampling": LOOPING, "max_tokens": 25, "stop": [scripted_model.tokenizer().decode([400, 400])]},
+        {"sampling": SamplingParams(temperature=1.5, seed=4, repetition_penalty=1.1), "max_tokens": 20},
+    ]
+    expected = [finished(answer(**kind)) for kind in kinds]
+    news = threading.Semaphore(0)
+    taken = answer(engine=engine, on_progress=news.release, **kinds[0])
+    iterated = [answer(engine=engine, **kind) for kind in kinds[1:]]
+    events = []
+    while taken.finish_reason is None:
+        assert news.acquire(timeout=120)
+        events += taken.take()
+    for one in iterated:
+        finished(one)
+    engine.close()
+    for own, shared in zip(expected, [taken, *iterated], strict=True):
+        assert (shared.row.generated, shared.output) == (own.row.generated, own.output)
+        assert (shared.usage, shared.finish_reason) == (own.usage, own.finish_reason)
+    text = "".join(event.text for event in events if isinstance(event, ContentDelta))
+    assert text == taken.output.content
+    assert expected[2].finish_reason == "stop"
+
+
+def test_an_answer_that_nobody_will_read_leaves_the_engine() -> None:
+    engine = EngineThread(scripted_model.model())
+    ended = threading.Event()
+    one = answer(engine=engine, on_progress=ended.set, max_tokens=3000, guards_loops=False, sampling=LOOPING)
+    row = one.row
+    del one
+    gc.collect()
+    engine.close(timeout_s=120)
+    assert row.finish_reason == "cancelled"
+    assert len(row.generated) < 3000
 
 
 def test_a_budget_needs_a_vocabulary_with_markers(monkeypatch: pytest.MonkeyPatch) -> None:
