@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from lfm_mlx.chat import Answer, Usage
 from lfm_mlx.parsing import ParsedOutput
 from lfm_mlx.server.http_errors import RETRY_AFTER_S, ApiError
-from lfm_mlx.types import FinishReason, OutputEvent
+from lfm_mlx.types import ContentDelta, FinishReason, OutputEvent, ReasoningDelta
 
 
 class AnswerStream:
@@ -63,7 +63,7 @@ class AnswerStream:
         if self._answer is not None:
             self._answer.cancel()
 
-    async def batches(self) -> AsyncIterator[list[OutputEvent]]:
+    async def batches(self) -> AsyncGenerator[list[OutputEvent], None]:
         """What has come since the last time, until the end; leaving early cancels the answer."""
         try:
             while True:
@@ -93,6 +93,11 @@ class AnswerStream:
     def usage(self) -> Usage:
         """Tokens so far."""
         return self._answer.usage if self._answer is not None else Usage()
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it; None where none did."""
+        return None
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -153,3 +158,17 @@ class Answering:
         """End all answers and wait for the threads."""
         self.cancel_all()
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def joined(batch: list[OutputEvent]) -> list[OutputEvent]:
+    """Events with neighbouring pieces of text put together: one that waited is sent as one."""
+    events: list[OutputEvent] = []
+    for one in batch:
+        last = events[-1] if events else None
+        if isinstance(one, ContentDelta) and isinstance(last, ContentDelta):
+            events[-1] = ContentDelta(text=last.text + one.text)
+        elif isinstance(one, ReasoningDelta) and isinstance(last, ReasoningDelta):
+            events[-1] = ReasoningDelta(text=last.text + one.text)
+        else:
+            events.append(one)
+    return events

@@ -15,22 +15,36 @@ from starlette.routing import Route
 
 from lfm_mlx.errors import LfmError
 from lfm_mlx.server.access import Access
-from lfm_mlx.server.chat_completions import chat_completions
+from lfm_mlx.server.anthropic_fields import COUNT, MESSAGES
+from lfm_mlx.server.anthropic_messages import count_tokens, messages
+from lfm_mlx.server.chat_completions import CHAT, chat_completions
 from lfm_mlx.server.endpoint import request_id
 from lfm_mlx.server.health import health, live, ready, show_metrics
 from lfm_mlx.server.http_errors import ApiError, as_api_error, dialect_of
 from lfm_mlx.server.model_list import list_models, show_model
 from lfm_mlx.server.model_service import Service
+from lfm_mlx.server.openapi import Endpoint, openapi_endpoint
+from lfm_mlx.server.response_fields import RESPONSES
+from lfm_mlx.server.responses import create_response, delete_response, show_response
+from lfm_mlx.server.token_endpoints import DETOKENIZE, TOKENIZE, detokenize, tokenize
 
-ROUTES = [
-    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-    Route("/v1/models", list_models, methods=["GET"]),
-    Route("/v1/models/{name:path}", show_model, methods=["GET"]),
-    Route("/health", health, methods=["GET"]),
-    Route("/health/live", live, methods=["GET"]),
-    Route("/health/ready", ready, methods=["GET"]),
-    Route("/metrics", show_metrics, methods=["GET"]),
+ENDPOINTS = [
+    Endpoint(path="/v1/chat/completions", handler=chat_completions, method="POST", fields=CHAT, streams=True),
+    Endpoint(path="/v1/responses", handler=create_response, method="POST", fields=RESPONSES, streams=True),
+    Endpoint(path="/v1/responses/{name}", handler=show_response),
+    Endpoint(path="/v1/responses/{name}", handler=delete_response, method="DELETE"),
+    Endpoint(path="/v1/messages", handler=messages, method="POST", fields=MESSAGES, streams=True),
+    Endpoint(path="/v1/messages/count_tokens", handler=count_tokens, method="POST", fields=COUNT),
+    Endpoint(path="/v1/models", handler=list_models),
+    Endpoint(path="/v1/models/{name:path}", handler=show_model),
+    Endpoint(path="/tokenize", handler=tokenize, method="POST", fields=TOKENIZE),
+    Endpoint(path="/detokenize", handler=detokenize, method="POST", fields=DETOKENIZE),
+    Endpoint(path="/health", handler=health),
+    Endpoint(path="/health/live", handler=live),
+    Endpoint(path="/health/ready", handler=ready),
+    Endpoint(path="/metrics", handler=show_metrics, media_type="text/plain"),
 ]
+"""All that the server answers."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -49,13 +63,14 @@ def make_app(service: Service) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=headers,
                 expose_headers=["x-request-id", "retry-after"],
             )
         )
+    endpoints = [*ENDPOINTS, openapi_endpoint(ENDPOINTS)]
     app = Starlette(
-        routes=ROUTES,
+        routes=[Route(one.path, one.handler, methods=[one.method]) for one in endpoints],
         middleware=middleware,
         lifespan=lifespan,
         exception_handlers={LfmError: _answer_error, HTTPException: _answer_http_error},
@@ -75,6 +90,9 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "another")
         text, code = f"{path} was called with {method}, expected {allowed}", "method_not_allowed"
     else:
-        text, code = f"there is no {path} here, expected {', '.join(route.path for route in ROUTES)}", "not_found"
+        text, code = (
+            f"there is no {path} here, expected {', '.join(dict.fromkeys(one.path for one in ENDPOINTS))}",
+            "not_found",
+        )
     api_error = ApiError(text, status=error.status_code, code=code, headers=error.headers)
     return api_error.response(dialect_of(request.url.path), request_id(request))

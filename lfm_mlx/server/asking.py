@@ -52,6 +52,7 @@ class Prepared:
 
     prompt: RenderedPrompt
     tools: Sequence[Tool]
+    sampling: SamplingParams
     options: Sequence[AnswerOptions]
     """One for each answer."""
 
@@ -67,17 +68,18 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
     model.checked_prompt(prompt.ids)
     # A model without markers for reasoning keeps within any budget.
     can_reason = reasoning_tokens(tokenizer) is not None
+    sampling = replace(model.sampling, **ask.sampling)
     options = [
         AnswerOptions(
-            sampling=sampling,
+            sampling=own,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
             constraint=_constraint(ask, tools),
             thinking_budget=ask.thinking_budget if can_reason else None,
         )
-        for sampling in spread_seeds(replace(model.sampling, **ask.sampling), ask.num_answers)
+        for own in spread_seeds(sampling, ask.num_answers)
     ]
-    return Prepared(prompt=prompt, tools=tools, options=options)
+    return Prepared(prompt=prompt, tools=tools, sampling=sampling, options=options)
 
 
 def spread_seeds(sampling: SamplingParams, num_answers: int) -> list[SamplingParams]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lfm_mlx.chat import Usage
-from lfm_mlx.server.answering import AnswerStream
+from lfm_mlx.server.answering import AnswerStream, joined
 from lfm_mlx.server.asking import Ask
 from lfm_mlx.server.endpoint import read_fields, service_of, stream_errors
 from lfm_mlx.server.field_types import (
@@ -47,7 +48,7 @@ from lfm_mlx.server.generation_fields import (
 from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.server.model_service import Asked, Service
 from lfm_mlx.server.sse import EventStream, event, while_connected
-from lfm_mlx.types import ContentDelta, OutputEvent, ReasoningDelta, ToolCall, ToolCallDone
+from lfm_mlx.types import ContentDelta, ReasoningDelta, ToolCall, ToolCallDone
 
 _TEXT_PART = Fields({"type": Text(), "text": Text()}, required=["text"])
 _PART = Tagged("type", {"text": _TEXT_PART}, advice="this model reads text only")
@@ -243,7 +244,7 @@ def whole_answer(asked: Asked, names: Mapping[str, Any]) -> dict[str, Any]:
 
 async def stream_chunks(
     service: Service, asked: Asked, names: Mapping[str, Any], *, include_usage: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The events of a stream, as text."""
     num_calls = [0] * len(asked.answers)
     common = {**names, "object": "chat.completion.chunk"} | ({"usage": None} if include_usage else {})
@@ -254,18 +255,19 @@ async def stream_chunks(
 
     for index in range(len(asked.answers)):
         yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, batch, is_last in service.events(asked):
-        for one in joined(batch):
-            if isinstance(one, ToolCallDone):
-                for delta in call_deltas(one.call, num_calls[index]):
-                    yield chunk(index, delta)
-                num_calls[index] += 1
-            elif isinstance(one, ReasoningDelta):
-                yield chunk(index, {"reasoning_content": one.text, "reasoning": one.text})
-            elif isinstance(one, ContentDelta):
-                yield chunk(index, {"content": one.text})
-        if is_last:
-            yield chunk(index, {}, **finish_fields(asked.answers[index], has_calls=num_calls[index] > 0))
+    async with contextlib.aclosing(service.events(asked)) as batches:
+        async for index, batch, is_last in batches:
+            for one in joined(batch):
+                if isinstance(one, ToolCallDone):
+                    for delta in call_deltas(one.call, num_calls[index]):
+                        yield chunk(index, delta)
+                    num_calls[index] += 1
+                elif isinstance(one, ReasoningDelta):
+                    yield chunk(index, {"reasoning_content": one.text, "reasoning": one.text})
+                elif isinstance(one, ContentDelta):
+                    yield chunk(index, {"content": one.text})
+            if is_last:
+                yield chunk(index, {}, **finish_fields(asked.answers[index], has_calls=num_calls[index] > 0))
     if include_usage:
         usage = usage_of([answer.usage for answer in asked.answers])
         yield event({**common, "choices": [], "usage": usage})
@@ -281,17 +283,3 @@ def call_deltas(call: ToolCall, number: int) -> list[dict[str, Any]]:
         {"tool_calls": [{"index": number, **whole_call}]},
         {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]},
     ]
-
-
-def joined(batch: list[OutputEvent]) -> list[OutputEvent]:
-    """Events with neighbouring pieces of text put together: one that waited is sent as one."""
-    events: list[OutputEvent] = []
-    for one in batch:
-        last = events[-1] if events else None
-        if isinstance(one, ContentDelta) and isinstance(last, ContentDelta):
-            events[-1] = ContentDelta(text=last.text + one.text)
-        elif isinstance(one, ReasoningDelta) and isinstance(last, ReasoningDelta):
-            events[-1] = ReasoningDelta(text=last.text + one.text)
-        else:
-            events.append(one)
-    return events

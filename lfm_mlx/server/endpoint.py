@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 from starlette.requests import Request
@@ -39,20 +40,20 @@ async def read_fields(request: Request, fields: Fields) -> dict[str, Any]:
     return read
 
 
-async def stream_errors(request: Request, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+def log_failure(error: Exception, logged_id: str) -> None:
+    """Log an error that is the server's fault."""
+    if as_api_error(error).status == 500:
+        log.error("failed", exc_info=error, extra={"fields": {"id": logged_id}})
+
+
+async def stream_errors(request: Request, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """A stream of events in which an error is one more, the last."""
     try:
-        async for one in events:
-            yield one
-    except Exception as error:
-        # The status line is gone; this is where a client can be told.
-        api_error = as_api_error(error)
-        if api_error.status == 500:
-            log.error("failed", exc_info=error, extra={"fields": {"id": request_id(request)}})
+        async with contextlib.aclosing(events):
+            async for one in events:
+                yield one
+    except Exception as error:  # noqa: BLE001 - the status line is gone; here a client can still be told
+        log_failure(error, request_id(request))
         dialect = dialect_of(request.url.path)
         name = "error" if dialect == "anthropic" else None
-        yield event(api_error.body(dialect, request_id(request)), name)
-    finally:
-        close = getattr(events, "aclose", None)
-        if close is not None:
-            await close()
+        yield event(as_api_error(error).body(dialect, request_id(request)), name)

@@ -9,13 +9,26 @@ from typing import Any, Literal
 from starlette.responses import JSONResponse
 
 from lfm_mlx.errors import ContextLengthError, LfmError, MemoryPlanError, OptionError, TemplateError
+from lfm_mlx.types import SamplingParams
 
 Dialect = Literal["openai", "anthropic"]
 """Whose interface a path belongs to."""
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error"}
-_FIRST_NAME = re.compile(r"^(messages|tools|[a-z]+(?:_[a-z]+)*)((?:\[\d+\]|\.[a-z_]+)*) ")
+_FIELDS = (
+    *SamplingParams.names(),
+    "messages",
+    "tools",
+    "tool_choice",
+    "max_tokens",
+    "stop",
+    "thinking_budget",
+    "prompt",
+)
+_FIRST_NAME = re.compile(rf"^({'|'.join(_FIELDS)})((?:\[\d+\]|\.[a-z_]+)*)\b")
+"""The field that a message of ours begins with."""
+
 RETRY_AFTER_S = 2
 """What a client that found no room is told to wait, in seconds."""
 

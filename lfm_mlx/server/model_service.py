@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from lfm_mlx.chat import Answer, RenderedPrompt
 from lfm_mlx.model import Model
 from lfm_mlx.server.answering import Answering, AnswerStream
 from lfm_mlx.server.asking import Ask, prepare
+from lfm_mlx.server.blocks import BlockWriter
 from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.server.metrics import Metrics
+from lfm_mlx.server.response_store import ResponseStore
 from lfm_mlx.server.settings import ServerSettings
 from lfm_mlx.tokenizer import Tokenizer
-from lfm_mlx.types import OutputEvent
+from lfm_mlx.types import OutputEvent, SamplingParams
 
 log = logging.getLogger("lfm_mlx.server")
 
@@ -28,6 +30,7 @@ class Asked:
 
     prompt: RenderedPrompt
     answers: Sequence[AnswerStream]
+    sampling: SamplingParams
     started_s: float
 
 
@@ -47,6 +50,7 @@ class Service:
         self.created_s = int(time.time())
         self.metrics = Metrics(self.name)
         self.answering = Answering(max_rows=settings.max_rows, max_waiting=settings.max_waiting)
+        self.responses = ResponseStore(settings.max_stored_bytes)
         self.is_closing = False
         self.metrics.gauges(self.answering.gauges)
 
@@ -91,9 +95,9 @@ class Service:
             )
             for options in prepared.options
         ]
-        return Asked(prompt=prepared.prompt, answers=answers, started_s=started_s)
+        return Asked(prompt=prepared.prompt, answers=answers, sampling=prepared.sampling, started_s=started_s)
 
-    async def events(self, asked: Asked) -> AsyncIterator[tuple[int, list[OutputEvent], bool]]:
+    async def events(self, asked: Asked) -> AsyncGenerator[tuple[int, list[OutputEvent], bool], None]:
         """What the answers of a question come to: the number of an answer, its next events, and whether they are its
         last. Leaving early cancels all of them.
 
@@ -125,19 +129,30 @@ class Service:
             if waiting:
                 await asyncio.wait(waiting)
             for source in sources:
-                await source.aclose()  # type: ignore[attr-defined]
+                await source.aclose()
 
     async def finish(self, asked: Asked) -> None:
         """Wait until all answers are written."""
-        async with contextlib.aclosing(self.events(asked)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self.events(asked)) as events:
             async for _ in events:
                 pass
 
-    async def _counted(self, answer: AnswerStream, started_s: float) -> AsyncIterator[list[OutputEvent]]:
+    async def blocks(self, asked: Asked) -> BlockWriter:
+        """The blocks of a question's only answer, when all is written."""
+        blocks = BlockWriter()
+        async with contextlib.aclosing(self.events(asked)) as events:
+            async for _, batch, _ in events:
+                for _ in blocks.feed(batch):
+                    pass
+        for _ in blocks.finish():
+            pass
+        return blocks
+
+    async def _counted(self, answer: AnswerStream, started_s: float) -> AsyncGenerator[list[OutputEvent], None]:
         first_s: float | None = None
         reason = "abort"
         try:
-            async with contextlib.aclosing(answer.batches()) as batches:  # type: ignore[type-var]
+            async with contextlib.aclosing(answer.batches()) as batches:
                 async for batch in batches:
                     first_s = first_s or time.monotonic() - started_s
                     yield batch
@@ -172,7 +187,7 @@ class Service:
         self.answering.close()
 
 
-async def _next(source: AsyncIterator[list[OutputEvent]]) -> list[OutputEvent] | None:
+async def _next(source: AsyncGenerator[list[OutputEvent], None]) -> list[OutputEvent] | None:
     try:
         return await source.__anext__()
     except StopAsyncIteration:

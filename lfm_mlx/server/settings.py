@@ -19,6 +19,7 @@ class ServerSettings:
         body_timeout_s: seconds in which a body has to arrive.
         request_timeout_s: seconds after which an answer is ended; None sets no limit.
         keep_alive_s: seconds of silence in a stream after which a comment is sent.
+        max_stored_bytes: of responses that may be continued by their id.
         logs_prompts: whether the log shows what was asked and answered.
     """
 
@@ -31,4 +32,5 @@ class ServerSettings:
     body_timeout_s: float = 60.0
     request_timeout_s: float | None = None
     keep_alive_s: float = 10.0
+    max_stored_bytes: int = 64_000_000
     logs_prompts: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -37,7 +37,7 @@ class EventStream:
     """
 
     def __init__(
-        self, events: AsyncIterator[bytes], *, keep_alive_s: float, headers: Mapping[str, str] | None = None
+        self, events: AsyncGenerator[bytes, None], *, keep_alive_s: float, headers: Mapping[str, str] | None = None
     ) -> None:
         self._events = events
         self._keep_alive_s = keep_alive_s
@@ -57,9 +57,7 @@ class EventStream:
             listening.cancel()
             writing.cancel()
             await asyncio.wait({listening, writing})
-            close = getattr(self._events, "aclose", None)
-            if close is not None:
-                await close()
+            await self._events.aclose()
         if not writing.cancelled() and (error := writing.exception()) is not None:
             raise error
 
@@ -87,7 +85,7 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _next(events: AsyncIterator[bytes]) -> bytes:
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
     return await events.__anext__()
 
 

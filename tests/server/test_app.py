@@ -1,0 +1,174 @@
+"""The endpoints around the models' answers, and who may call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import pytest
+from conftest import Running, new_service, running
+
+from lfm_mlx.server.http_errors import Dialect
+
+QUESTION = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4}
+
+
+def test_tokens_go_there_and_back(served: Running) -> None:
+    text = "What is the capital of France?"
+    body = served.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
+    assert body["max_model_len"] == 4096
+    plain = served.http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert served.http.post("/detokenize", json={"tokens": plain}).json() == {"prompt": text}
+
+
+def test_the_tokens_of_messages_are_those_of_their_prompt(served: Running) -> None:
+    messages = {"messages": QUESTION["messages"]}
+    tokens = served.http.post("/tokenize", json=messages).json()["tokens"]
+    assert len(tokens) == served.chat("Say hello.").json()["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": ["x"]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [10**9]}, None),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", [], None),
+    ],
+)
+def test_what_is_no_text_or_no_token_is_refused(served: Running, path: str, body: Any, param: str | None) -> None:
+    response = served.http.post(path, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_metrics_count_what_was_asked(served: Running) -> None:
+    def value(name: str) -> float:
+        lines = served.http.get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith(name)]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+    names = ("lfm_mlx:generation_tokens_total", "lfm_mlx:prompt_tokens_total", "lfm_mlx:request_success_total")
+    before = [value(name) for name in names]
+    usage = served.chat().json()["usage"]
+    grown = [value(name) - old for name, old in zip(names, before, strict=True)]
+    assert grown == [usage["completion_tokens"], usage["prompt_tokens"], 1]
+    assert value("lfm_mlx:num_requests_running") == 0
+    assert value("lfm_mlx:time_to_first_token_seconds_count") > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405)],
+)
+def test_unknown_paths_and_methods_get_an_error_of_the_usual_shape(
+    served: Running, method: str, path: str, status: int
+) -> None:
+    response = served.http.request(method, path)
+    assert response.status_code == status
+    assert path in response.json()["error"]["message"]
+
+
+def test_a_request_id_is_echoed_and_a_bad_one_replaced(served: Running) -> None:
+    def echoed(given: str) -> str:
+        return served.http.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
+
+    assert echoed("abc-123") == "abc-123"
+    assert echoed("a b\tc").startswith("req_")
+
+
+def test_the_description_is_that_of_the_checks(served: Running) -> None:
+    document = served.http.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    schema = chat["requestBody"]["content"]["application/json"]["schema"]
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(QUESTION, schema)
+    for wrong in ({}, {**QUESTION, "temperature": "hot"}, {**QUESTION, "nothing": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Any:
+    """A server with keys, which lets pages of one site call."""
+    with running(new_service(api_keys=("sesame", "open"), cors_origins=("https://app.example",))) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "Bearer sesame2"}, 401),
+        ({"authorization": "Basic sesame"}, 401),
+        ({"authorization": "Bearer sesame"}, 200),
+        ({"x-api-key": "open"}, 200),
+    ],
+)
+def test_only_a_key_opens(guarded: Running, headers: dict[str, str], status: int) -> None:
+    for response in (
+        guarded.http.post("/v1/chat/completions", json=QUESTION, headers=headers),
+        guarded.http.get("/metrics", headers=headers),
+    ):
+        assert response.status_code == status
+    assert guarded.http.get("/health/live").status_code == 200
+
+
+@pytest.mark.parametrize(("path", "dialect"), [("/v1/responses", "openai"), ("/v1/messages", "anthropic")])
+def test_refusals_have_the_shape_of_the_interface(guarded: Running, path: str, dialect: Dialect) -> None:
+    body = guarded.http.post(path, json=QUESTION).json()
+    assert body["error"]["type"] == "authentication_error"
+    assert ("type" in body) == (dialect == "anthropic")
+
+
+def test_pages_of_other_sites_are_turned_away(guarded: Running, served: Running) -> None:
+    def status(one: Running, origin: str, **headers: str) -> int:
+        given = {"origin": origin, "x-api-key": "sesame", **headers}
+        return one.http.post("/v1/chat/completions", json=QUESTION, headers=given).status_code
+
+    assert status(guarded, "https://evil.example") == 403
+    assert status(guarded, "https://app.example") == 200
+    assert status(served, served.url) == 200
+    assert status(served, "null") == 403
+    # A page whose own name was made to lead here.
+    assert status(served, "http://evil.example:80", host="evil.example:80") == 403
+
+
+def test_a_browser_is_told_what_a_page_may_do(guarded: Running) -> None:
+    asked = {
+        "origin": "https://app.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type,authorization",
+    }
+    response = guarded.http.options("/v1/chat/completions", headers=asked)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "https://app.example"
+    refused = guarded.http.options("/v1/chat/completions", headers={**asked, "origin": "https://evil.example"})
+    assert refused.status_code == 403
+
+
+def test_one_too_many_is_sent_away_with_the_numbers() -> None:
+    with running(new_service(max_rows=1, max_waiting=0)) as one:
+        body = {**QUESTION, "n": 2}
+        response = one.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "queue_full"
+        one.check_alive()
+
+
+def test_an_answer_that_takes_too_long_is_ended() -> None:
+    with running(new_service(request_timeout_s=0.05)) as one:
+        body = {**QUESTION, "max_tokens": 3000, "logit_bias": {str(i): -100 for i in one.service.tokenizer.stop_ids}}
+        response = one.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 504
+        with one.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+            lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
+        assert '"code":"timeout"' in lines[-1]
