@@ -1,16 +1,45 @@
 """Functions that become few kernel launches, or need little memory."""
 
+from lfm_mlx.kernels.add_norm import ADD_NORM, add_norm
+from lfm_mlx.kernels.choice import KERNEL_NAMES, KERNELS_VARIABLE, MAX_TOKENS, Case, FusedKernel, has_metal
 from lfm_mlx.kernels.chunked_attention import SCORE_BYTES, attend_in_chunks
+from lfm_mlx.kernels.combine_norm import COMBINE_NORM, combine_norm
 from lfm_mlx.kernels.compiling import COMPILE_VARIABLE, is_compiling
-from lfm_mlx.kernels.elementwise import combine_experts, gated_conv, rank_experts, silu_multiply
+from lfm_mlx.kernels.elementwise import combine_experts, gated_conv, rank_experts, silu_multiply, weigh_experts
+from lfm_mlx.kernels.expert_router import ROUTER, Routing, route
+from lfm_mlx.kernels.metal_kernel import MetalKernel
+from lfm_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
+from lfm_mlx.kernels.verdict import Verdict
+
+FUSED_KERNELS = (ADD_NORM, COMBINE_NORM, QK_NORM_ROPE, ROUTER)
+"""Every fused kernel, beside the stock operations that it replaces."""
 
 __all__ = [
+    "ADD_NORM",
+    "COMBINE_NORM",
     "COMPILE_VARIABLE",
+    "FUSED_KERNELS",
+    "KERNELS_VARIABLE",
+    "KERNEL_NAMES",
+    "MAX_TOKENS",
+    "QK_NORM_ROPE",
+    "ROUTER",
     "SCORE_BYTES",
+    "Case",
+    "FusedKernel",
+    "MetalKernel",
+    "Routing",
+    "Verdict",
+    "add_norm",
     "attend_in_chunks",
     "combine_experts",
+    "combine_norm",
     "gated_conv",
+    "has_metal",
     "is_compiling",
+    "qk_norm_rope",
     "rank_experts",
+    "route",
     "silu_multiply",
+    "weigh_experts",
 ]

@@ -1,7 +1,7 @@
 """The elementwise arithmetic between matmuls, each function one kernel launch when compiled.
 
-`gated_conv` and `combine_experts` compute in float32 and round once, at the end, to the dtype of what comes in; the
-others compute in that dtype, as transformers does.
+`gated_conv`, `combine_experts` and `weigh_experts` compute in float32 and round once, at the end, to the dtype of
+what comes in; the others compute in that dtype, as transformers does.
 """
 
 from __future__ import annotations
@@ -76,4 +76,13 @@ def combine_experts(
         total = total / (weight_sum + WEIGHT_SUM_EPS)
     if scaling_factor != 1.0:
         total = total * scaling_factor
+    return (residual.astype(mx.float32) + total).astype(residual.dtype)
+
+
+@fused
+def weigh_experts(residual: mx.array, outputs: Sequence[mx.array], weights: Sequence[mx.array]) -> mx.array:
+    """``residual + sum of weight * output``: `combine_experts` with float32 weights ``(T, 1)`` at hand."""
+    total = weights[0] * outputs[0].astype(mx.float32)
+    for weight, output in zip(weights[1:], outputs[1:], strict=True):
+        total = total + weight * output.astype(mx.float32)
     return (residual.astype(mx.float32) + total).astype(residual.dtype)

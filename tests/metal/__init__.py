@@ -1,0 +1,1 @@
+"""Metal kernels where there is no Metal: MLX's generated source, run and checked on the CPU."""
