@@ -2,6 +2,8 @@
 
 from lfm_mlx.cache.attention_cache import GROWTH_TOKENS, AttentionCache
 from lfm_mlx.cache.conv_state import ConvState
+from lfm_mlx.cache.disk import DiskStore
+from lfm_mlx.cache.fingerprint import checkpoint_fingerprint
 from lfm_mlx.cache.kv_cache import KVCache
 from lfm_mlx.cache.prefix import BLOCK_TOKENS, PrefixCache
 from lfm_mlx.cache.prefix_block import Block
@@ -17,6 +19,7 @@ __all__ = [
     "AttentionCache",
     "Block",
     "ConvState",
+    "DiskStore",
     "KVCache",
     "LayerState",
     "Mark",
@@ -26,5 +29,6 @@ __all__ = [
     "Span",
     "State",
     "Transcript",
+    "checkpoint_fingerprint",
     "kv_group_size",
 ]

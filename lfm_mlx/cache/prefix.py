@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import mlx.core as mx
 
-from lfm_mlx.cache.prefix_block import Block, fill_state
-from lfm_mlx.cache.prefix_tree import Node, PrefixTree
+from lfm_mlx.cache.disk import DiskStore
+from lfm_mlx.cache.prefix_block import Block, BlockLayout, fill_state
+from lfm_mlx.cache.prefix_spill import BlockNode, Kept, Spill
+from lfm_mlx.cache.prefix_tree import PrefixTree
 from lfm_mlx.cache.state import State
 from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import OptionError
@@ -16,7 +18,8 @@ from lfm_mlx.errors import OptionError
 BLOCK_TOKENS = 256
 """Tokens a block holds at most; a checkpoint of the convolutions at every end of one adds 5 % to its bytes."""
 
-BlockNode = Node[Block]
+QUEUED_PART = 8
+"""Blocks that left memory and wait for the disk take at most this part of what is allowed; others are dropped."""
 
 
 class PrefixCache:
@@ -31,13 +34,13 @@ class PrefixCache:
         kv_bits: 8 or 4 where keys and values are quantised.
         max_bytes: most that is held; what was not used for longest goes first.
         block_tokens: tokens a block holds at most.
+        disk: where blocks are written too, to be read back when they are no longer in memory or after a restart.
 
     Attributes:
-        num_bytes: bytes held.
         num_hits: rows that went on from here.
         num_misses: rows that began at nothing.
         num_reused_tokens: tokens that these hits saved.
-        num_evictions: blocks dropped to keep within `max_bytes`.
+        num_evictions: blocks that left memory to keep within `max_bytes`.
 
     Raises:
         OptionError: `max_bytes` or `block_tokens` is not positive, or the model cannot have these `kv_bits`.
@@ -51,6 +54,7 @@ class PrefixCache:
         kv_bits: int | None = None,
         max_bytes: int,
         block_tokens: int = BLOCK_TOKENS,
+        disk: DiskStore | None = None,
     ) -> None:
         for name, value in (("max_bytes", max_bytes), ("block_tokens", block_tokens)):
             if value < 1:
@@ -58,15 +62,21 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.kv_bits = kv_bits
         self.block_tokens = block_tokens
-        self.num_bytes = 0
         self.num_hits = self.num_misses = self.num_reused_tokens = self.num_evictions = 0
-        self._layout = _layout(State.empty(config, dtype=dtype, kv_bits=kv_bits))
-        self._tree: PrefixTree[Block] = PrefixTree(block_tokens, Block((), {}))
+        self._layout = BlockLayout.of(State.empty(config, dtype=dtype, kv_bits=kv_bits))
+        self._tree: PrefixTree[Kept] = PrefixTree(block_tokens, Kept(block=None))
         self._by_age: OrderedDict[BlockNode, int] = OrderedDict()  # Bytes of each; parents behind their children.
+        self._block_bytes = 0
+        self._spill = Spill(self._tree, disk, self._layout, max_bytes // QUEUED_PART) if disk is not None else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, with those that wait for the disk."""
+        return self._block_bytes + (self._spill.queued_bytes if self._spill is not None else 0)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks held."""
+        """Blocks in memory."""
         return len(self._by_age)
 
     def places(self, ids: Sequence[int], start: int = 0, border_ids: Collection[int] = ()) -> list[int]:
@@ -101,16 +111,22 @@ class PrefixCache:
         if state.lengths != (0,):
             raise OptionError(f"state holds rows of {list(state.lengths)} tokens, expected a single one of 0")
         self._check(state)
+        self.settle()
         path, num_tokens = self._find(ids)
+        while num_tokens and not self._load(path):
+            path, num_tokens = self._find(ids)
         if not num_tokens:
             self.num_misses += 1
             return 0
         self.num_hits += 1
         self.num_reused_tokens += num_tokens
-        self._touch(path)
-        blocks = [node.value for node in path]
+        blocks = [_block(node) for node in path]
         fill_state(state, blocks, blocks[-1].checkpoints[num_tokens], num_tokens)
         mx.async_eval(state.arrays)
+        self._touch(path)
+        if self._spill is not None:
+            self._spill.touch(path)
+        self.shrink(self.max_bytes)
         return num_tokens
 
     def insert(self, ids: Sequence[int], state: State, row: int, checkpoints: Mapping[int, mx.array]) -> None:
@@ -128,34 +144,53 @@ class PrefixCache:
         self._check(state)
         if len(ids) > state.lengths[row]:
             raise OptionError(f"ids are {len(ids)} tokens, but row {row} of the state has seen {state.lengths[row]}")
+        self.settle()
         stop = max((length for length in checkpoints if length <= len(ids)), default=0)
-        path = self._place(tuple(ids[:stop]), state, row)
+        path = [node for node in self._place(tuple(ids[:stop]), state, row) if node.value.block is not None]
         for node in path:
-            found = {n: rows for n, rows in checkpoints.items() if node.start < n <= node.stop}
-            node.value.checkpoints |= {n: rows for n, rows in found.items() if n not in node.value.checkpoints}
+            self._add_checkpoints(node, checkpoints)
         self._touch(path)
         self.shrink(self.max_bytes)
-        mx.async_eval([array for node in path if node in self._by_age for array in node.value.arrays])
+        mx.async_eval([array for node in path if node in self._by_age for array in _block(node).arrays])
 
     def shrink(self, max_bytes: int) -> None:
-        """Drop the blocks that were not used for longest until at most `max_bytes` are held."""
-        while self.num_bytes > max_bytes:
-            node, num_bytes = self._by_age.popitem(last=False)
-            assert not node.children
-            self._tree.remove(node)
-            self.num_bytes -= num_bytes
+        """Have the blocks that were not used for longest leave memory until at most `max_bytes` are held."""
+        while self.num_bytes > max_bytes and self._by_age:
+            node = next(iter(self._by_age))
             self.num_evictions += 1
+            if self._spill is not None and self._spill.keeps(node):
+                self._block_bytes -= self._by_age.pop(node)
+                node.value.block = None
+            else:
+                self._remove(node)
 
     def clear(self) -> None:
-        """Drop everything."""
-        self.shrink(0)
+        """Drop everything, on disk too."""
+        for node in list(self._tree.root.children.values()):
+            self._remove(node)
+
+    def settle(self) -> None:
+        """Send to the disk what was computed since the last call, which `restore` and `insert` do as well.
+
+        To be called when the device is idle; it waits for blocks that are still being copied.
+        """
+        if self._spill is not None:
+            for node in self._spill.settle():
+                if node.parent is not None:
+                    self._remove(node)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Finish writing to the disk, as far as the time allows."""
+        self.settle()
+        if self._spill is not None:
+            self._spill.store.close(timeout_s)
 
     def _find(self, ids: Sequence[int]) -> tuple[list[BlockNode], int]:
         """The nodes up to the furthest usable checkpoint, and its length; none and 0 where there is none."""
         match = self._tree.find(ids)
         limit = min(match.num_tokens, len(ids) - 1)
         for i in reversed(range(len(match.path))):
-            usable = [length for length in match.path[i].value.checkpoints if length <= limit]
+            usable = [length for length in match.path[i].value.lengths if length <= limit]
             if usable:
                 return match.path[: i + 1], max(usable)
         return [], 0
@@ -166,52 +201,86 @@ class PrefixCache:
         path, at = match.path, match.num_tokens
         if at == len(ids):
             return path
+        is_leaf = bool(path) and not path[-1].children and at % self.block_tokens > 0
+        if (match.is_inside_last or is_leaf) and not self._load(path[-1:]):
+            return self._place(ids, state, row)
         if match.is_inside_last:
             path[-1] = self._split(path[-1], at - path[-1].start)
-        elif path and not path[-1].children and at % self.block_tokens:
+        elif is_leaf:
             at = self._extend(path[-1], ids, state, row)
         while at < len(ids):
             stop = min(at + self._tree.room(at), len(ids))
             parent = path[-1] if path else self._tree.root
-            path.append(self._tree.add(parent, ids[at:stop], Block.copied(state, row, at, stop)))
+            path.append(self._tree.add(parent, ids[at:stop], Kept(block=Block.copied(state, row, at, stop))))
+            self._note(path[-1])
             at = stop
         return path
 
     def _split(self, node: BlockNode, num_tokens: int) -> BlockNode:
-        first, rest = node.value.split(num_tokens, node.start + num_tokens)
-        upper = self._tree.split(node, num_tokens, first)
-        node.value = rest
+        length = node.start + num_tokens
+        first, rest = _block(node).split(num_tokens, length)
         mx.async_eval(first.arrays, rest.arrays)
-        self.num_bytes += rest.num_bytes - self._by_age[node]
-        self._by_age[node] = rest.num_bytes
+        upper = self._tree.split(node, num_tokens, Kept(block=first, lengths=set(first.checkpoints)))
+        node.value.block, node.value.lengths = rest, set(rest.checkpoints)
+        self._count(node)
+        self._note(upper)
+        self._note(node)
         return upper
 
     def _extend(self, leaf: BlockNode, ids: tuple[int, ...], state: State, row: int) -> int:
         """Fill up a leaf's block; one block is better than two, and the row has all its columns."""
         stop = min(leaf.start + self._tree.room(leaf.start), len(ids))
         self._tree.extend(leaf, ids[leaf.stop : stop])
-        leaf.value = Block(Block.copied(state, row, leaf.start, stop).columns, leaf.value.checkpoints)
+        leaf.value.block = Block(Block.copied(state, row, leaf.start, stop).columns, _block(leaf).checkpoints)
+        self._note(leaf)
         return stop
 
+    def _add_checkpoints(self, node: BlockNode, checkpoints: Mapping[int, mx.array]) -> None:
+        lengths = [n for n in checkpoints if node.start < n <= node.stop and n not in node.value.lengths]
+        if lengths:
+            _block(node).checkpoints |= {n: checkpoints[n] for n in lengths}
+            node.value.lengths |= set(lengths)
+            self._note(node)
+
+    def _load(self, path: Sequence[BlockNode]) -> bool:
+        """Whether all these nodes have their blocks in memory; one that is lost is removed."""
+        if self._spill is None:
+            return True
+        lost = self._spill.load(path)
+        self._touch([node for node in path if node.value.block is not None])
+        if lost is not None:
+            self._remove(lost)
+        return lost is None
+
+    def _remove(self, node: BlockNode) -> None:
+        for gone in self._tree.remove(node):
+            self._block_bytes -= self._by_age.pop(gone, 0)
+            if self._spill is not None:
+                self._spill.forget(gone)
+
+    def _note(self, node: BlockNode) -> None:
+        if self._spill is not None:
+            self._spill.note(node)
+
     def _touch(self, path: Sequence[BlockNode]) -> None:
-        """Count the bytes of nodes that were used, and make them the youngest, the first ones youngest of all."""
+        """Make nodes the youngest, the first ones youngest of all."""
         for node in reversed(path):
-            num_bytes = node.value.num_bytes
-            self.num_bytes += num_bytes - self._by_age.get(node, 0)
-            self._by_age[node] = num_bytes
+            self._count(node)
             self._by_age.move_to_end(node)
 
+    def _count(self, node: BlockNode) -> None:
+        num_bytes = _block(node).num_bytes
+        self._block_bytes += num_bytes - self._by_age.get(node, 0)
+        self._by_age[node] = num_bytes
+
     def _check(self, state: State) -> None:
-        if _layout(state) != self._layout:
+        if BlockLayout.of(state) != self._layout:
             raise OptionError(
                 "state is of another model, dtype or kv_bits than the prefix cache; make the cache with those of "
                 "the engine"
             )
 
 
-def _layout(state: State) -> list[tuple[object, ...]]:
-    """What has to be equal for a state to take another one's columns."""
-    columns = [
-        (buffer.dtype, buffer.shape[1], buffer.shape[3]) for layer in state.attentions for buffer in layer.arrays
-    ]
-    return columns + [(row.dtype, row.shape[3]) for layer in state.convolutions for row in layer.rows]
+def _block(node: BlockNode) -> Block:
+    assert node.value.block is not None
+    return node.value.block

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -49,6 +50,40 @@ class Block:
         before = {at: rows for at, rows in self.checkpoints.items() if at <= length}
         after = {at: rows for at, rows in self.checkpoints.items() if at > length}
         return Block(first, before), Block(rest, after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """What blocks of one model and precision look like.
+
+    Args:
+        columns: dtype, N, G and width of each array.
+        checkpoint: dtype and shape.
+    """
+
+    columns: tuple[tuple[mx.Dtype, int, int, int], ...]
+    checkpoint: tuple[mx.Dtype, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, state: State) -> BlockLayout:
+        """The layout of blocks of rows of `state`."""
+        buffers = [buffer for layer in state.attentions for buffer in layer.arrays]
+        kinds = [(buffers[places[0]], len(places)) for places in _places_by_kind(state.attentions)]
+        rows = [row for layer in state.convolutions for row in layer.rows]
+        num_convolutions = len(state.convolutions)
+        shape = (num_convolutions, len(rows) // num_convolutions, rows[0].shape[3]) if rows else (0, 0, 0)
+        return cls(
+            columns=tuple((buffer.dtype, count, buffer.shape[1], buffer.shape[3]) for buffer, count in kinds),
+            checkpoint=(rows[0].dtype if rows else mx.float32, shape),
+        )
+
+    def fits(self, block: Block, num_tokens: int, lengths: Collection[int]) -> bool:
+        """Whether a block of unknown origin holds `num_tokens` tokens and checkpoints at just these lengths."""
+        columns = [(array.dtype, tuple(array.shape)) for array in block.columns]
+        if columns != [(dtype, (n, g, num_tokens, width)) for dtype, n, g, width in self.columns]:
+            return False
+        checkpoints = [(rows.dtype, tuple(rows.shape)) for rows in block.checkpoints.values()]
+        return set(block.checkpoints) == set(lengths) and all(found == self.checkpoint for found in checkpoints)
 
 
 def fill_state(state: State, blocks: Sequence[Block], checkpoint: mx.array, num_tokens: int) -> None:

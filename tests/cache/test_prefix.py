@@ -109,27 +109,27 @@ def greedy(state: State, ids: list[int]) -> list[int]:
 
 
 def damaged_checkpoint(cache: PrefixCache, path: list[Any]) -> None:
-    block = path[-1].value
+    block = path[-1].value.block
     block.checkpoints = {n: rows[:, ::-1] for n, rows in block.checkpoints.items()}
 
 
 def other_places_checkpoint(cache: PrefixCache, path: list[Any]) -> None:
-    path[-1].value.checkpoints = {48: path[-2].value.checkpoints[32]}
+    path[-1].value.block.checkpoints = {48: path[-2].value.block.checkpoints[32]}
 
 
 def shifted_block(cache: PrefixCache, path: list[Any]) -> None:
     """The same tokens, one position further."""
     state = MODEL.new_state(kv_bits=cache.kv_bits)
     MODEL(mx.array([[9, *drawn(60)]]), state)
-    path[1].value.columns = Block.copied(state, 0, 17, 33).columns
+    path[1].value.block.columns = Block.copied(state, 0, 17, 33).columns
 
 
 def repeated_block(cache: PrefixCache, path: list[Any]) -> None:
-    path[1].value.columns = path[0].value.columns
+    path[1].value.block.columns = path[0].value.block.columns
 
 
 def exchanged_layers(cache: PrefixCache, path: list[Any]) -> None:
-    path[1].value.columns = [array[::-1] for array in path[1].value.columns]
+    path[1].value.block.columns = [array[::-1] for array in path[1].value.block.columns]
 
 
 @KV_BITS
@@ -321,7 +321,7 @@ class AgainstPlaces(RuleBasedStateMachine):
 
     @invariant()
     def bytes_are_the_sum(self) -> None:
-        assert self.cache.num_bytes == sum(node.value.num_bytes for node in self.cache._tree)
+        assert self.cache.num_bytes == sum(node.value.block.num_bytes for node in self.cache._tree)
         assert self.cache.num_blocks == len(list(self.cache._tree))
 
     @invariant()
