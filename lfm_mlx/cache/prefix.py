@@ -146,9 +146,12 @@ class PrefixCache:
             raise OptionError(f"ids are {len(ids)} tokens, but row {row} of the state has seen {state.lengths[row]}")
         self.settle()
         stop = max((length for length in checkpoints if length <= len(ids)), default=0)
-        path = [node for node in self._place(tuple(ids[:stop]), state, row) if node.value.block is not None]
+        path = self._place(tuple(ids[:stop]), state, row)
+        while not self._load([node for node in path if _lacking(node, checkpoints)]):
+            path = self._place(tuple(ids[:stop]), state, row)
         for node in path:
             self._add_checkpoints(node, checkpoints)
+        path = [node for node in path if node.value.block is not None]
         self._touch(path)
         self.shrink(self.max_bytes)
         mx.async_eval([array for node in path if node in self._by_age for array in _block(node).arrays])
@@ -236,7 +239,7 @@ class PrefixCache:
         return stop
 
     def _add_checkpoints(self, node: BlockNode, checkpoints: Mapping[int, mx.array]) -> None:
-        lengths = [n for n in checkpoints if node.start < n <= node.stop and n not in node.value.lengths]
+        lengths = _lacking(node, checkpoints)
         if lengths:
             _block(node).checkpoints |= {n: checkpoints[n] for n in lengths}
             node.value.lengths |= set(lengths)
@@ -279,6 +282,11 @@ class PrefixCache:
                 "state is of another model, dtype or kv_bits than the prefix cache; make the cache with those of "
                 "the engine"
             )
+
+
+def _lacking(node: BlockNode, lengths: Collection[int]) -> list[int]:
+    """The lengths inside a node at which it has no checkpoint yet."""
+    return [n for n in lengths if node.start < n <= node.stop and n not in node.value.lengths]
 
 
 def _block(node: BlockNode) -> Block:
