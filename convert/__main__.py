@@ -6,62 +6,111 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
+from lfm_mlx.config import ModelConfig, read_config
 from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
 from lfm_mlx.terminal import format_bytes, run
 
 from .conversion import ConversionResult, Progress, convert
+from .job import Job, planned_size
+from .manifest import check_manifest
 from .quantize import DTYPES
-from .recipes import RECIPES, UNQUANTIZED, Recipe, recipe_named, uniform_recipe
+from .recipes import LARGE_CONFIG, RECIPES, ROUNDINGS, UNQUANTIZED, Recipe, recipe_named, uniform_recipe
+from .staging import find_progress
 
 
-@click.command(name="convert", context_settings={"max_content_width": 110})
-@click.option("--model", required=True, metavar="SRC", help="Folder or repo id of the checkpoint.")
-@click.option("--out", required=True, metavar="DST", help="Folder to make.")
+@click.group(name="convert", invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.option("--model", metavar="SRC", help="Folder or repo id of the checkpoint.  [required]")
+@click.option("--out", metavar="DST", help="Folder to make.  [required]")
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6 or 8 in mode affine.  [default: 4]")
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 64]")
 @click.option("--mode", help="affine, mxfp4, nvfp4 or mxfp8.  [default: affine]")
-@click.option("--recipe", metavar="NAME", help=f"Instead of the three above: {', '.join(RECIPES)}.")
+@click.option("--recipe", metavar="NAME", help=f"Instead of the three above: {', '.join(RECIPES)}, or a JSON file.")
+@click.option("--rounding", type=click.Choice(ROUNDINGS), help="How affine scales are found.  [default: the recipe's]")
 @click.option("--no-quantize", is_flag=True, help="Keep full precision; only names and layout change.")
 @click.option("--dtype", help=f"Type of what stays unquantised: {', '.join(DTYPES)}.  [default: the source's]")
 @click.option("--revision", help="Branch, tag or commit of the repo.")
 @click.option("--subfolder", help="Folder in the repo that holds the checkpoint.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--force", is_flag=True, help="Replace DST if it is a model folder already.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion to DST.")
+@click.option("--requantize", is_flag=True, help="Accept a source that is quantised already.")
+@click.option("--jobs", type=int, help="Processes that share the work.  [default: the machine's cores]")
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+@click.pass_context
 def command(
-    model: str,
-    out: str,
+    context: click.Context,
+    /,
+    model: str | None,
+    out: str | None,
     bits: int | None,
     group_size: int | None,
     mode: str | None,
     recipe: str | None,
     no_quantize: bool,
-    dtype: str | None,
     revision: str | None,
     subfolder: str | None,
     offline: bool,
-    force: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Convert an LFM2 or LFM2.5 checkpoint for MLX; 4-bit weights in groups of 64 unless told otherwise.
 
     Expert routers keep 8 bits; expert biases, norms and convolution taps are never quantised. DST appears when it is
     complete, and mlx-lm loads it too.
     """
+    if context.invoked_subcommand is not None:
+        if given := [name for name in context.params if _is_given(context, name)]:
+            raise click.UsageError(f"--{given[0]} does not go with {context.invoked_subcommand}")
+        return
+    if model is None or out is None:
+        raise click.UsageError(f"Missing option '--{'model' if model is None else 'out'}'")
     chosen = _recipe(bits, group_size, mode, recipe, no_quantize)
     source = fetch(model, revision=revision, subfolder=subfolder, offline=offline)
-    with _ended_by_signals(), _progress_bar(is_shown=not quiet) as progress:
-        result = convert(source, out, recipe=chosen, dtype=dtype, force=force, progress=progress)
+    with _ended_by_signals(out), _progress_bar(is_shown=not quiet) as progress:
+        tell = None if quiet else (lambda job: click.echo(plan_line(job), err=True))
+        result = convert(source, out, recipe=chosen, on_plan=tell, progress=progress, **options)
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
     if not quiet:
         click.echo(_summary(result))
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def plan_line(job: Job) -> str:
+    """What a conversion will come to, in a line."""
+    return (
+        f"recipe {job.recipe.name}: {format_bytes(job.source_bytes)} -> {format_bytes(job.num_bytes)}, "
+        f"{job.bits_per_weight:.3f} bits per weight"
+    )
+
+
+@command.command()
+@click.option("--model", metavar="SRC", help="Folder or repo id.  [default: the geometry of LFM2.5-8B-A1B]")
+def recipes(model: str | None) -> None:
+    """List the recipes, with bits per weight and bytes for a model; no weight is read."""
+    config = ModelConfig.from_dict(LARGE_CONFIG) if model is None else read_config(fetch(model, weights=False))
+    for recipe in RECIPES.values():
+        num_bytes, num_bits = planned_size(config, recipe)
+        click.echo(
+            f"{recipe.name:12} {num_bits:6.3f} bits per weight {format_bytes(num_bytes):>9}  {recipe.description}"
+        )
+
+
+@command.command(name="verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify_files(folder: Path) -> None:
+    """Compare every file of a converted FOLDER with the SHA-256 in its manifest."""
+    click.echo(f"{folder}: {check_manifest(folder)} files are as the manifest says")
 
 
 def _recipe(bits: int | None, group_size: int | None, mode: str | None, name: str | None, no_quantize: bool) -> Recipe:
@@ -130,19 +179,27 @@ def _raise_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it began is removed; then the process ends."""
+def _ended_by_signals(out: str) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, with a line about what is left; then the process ends."""
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]  # not under nohup
     for number in numbers:
         signal.signal(number, _raise_signal)
     try:
         yield
     except _SignalError as error:
-        click.echo(f"stopped by {error}; nothing was written", err=True)
+        click.echo(f"stopped by {error}; {_left(out)}", err=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo(_left(out), err=True)
+        raise
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _left(out: str) -> str:
+    partial = find_progress(Path(out).expanduser().resolve())
+    return "nothing was written" if partial is None else f"--resume goes on with {partial}"
 
 
 if __name__ == "__main__":

@@ -1,33 +1,46 @@
-"""A checkpoint folder in, a converted folder out, one tensor in memory at a time."""
+"""A checkpoint in, a converted folder out: planned, shared among processes, checked, and safe to interrupt."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.config import Quantization
-from lfm_mlx.errors import CheckpointError, ConversionError, OptionError
-from lfm_mlx.names import expected_tensors
+from lfm_mlx.errors import ConversionError, LfmError, OptionError
 from lfm_mlx.types import check_integer
 
-from .quantize import DTYPES, cast, check_float16, quantize
+from .feed import Feed, LocalFeed
+from .hashing import Hasher
+from .job import Job, describe
+from .journal import Journal
+from .manifest import write_manifest
+from .piecework import digest_of
+from .quantize import DTYPES
 from .recipes import Recipe, recipe_named
+from .segments import CheckpointSource
 from .sidecars import config_json, copy_sidecars, find_sidecars
-from .staging import check_destination, check_space, staged, tidy
+from .staging import check_destination, check_space, find_progress, staged, tidy
+from .tasks import TASK_BYTES, Task
 from .verify import verify
-from .write import SHARD_BYTES, PlannedTensor, Shard, plan_shards, write_index, write_json, write_shards
+from .workers import do_tasks
+from .write import SHARD_BYTES, allocate, write_index, write_json
 
 Progress = Callable[[int, int], None]
-"""Called at the start and after each tensor with the source bytes converted so far and the bytes there are in all."""
+"""Called at the start and after each task with the source bytes converted so far and the bytes there are in all."""
 
 _SPARE_BYTES = 1 << 20
 """Room asked for beyond tensors and copied files: headers, index, config.json."""
+
+_BYTES_PER_WORKER = 256 << 20
+"""A source of fewer bytes is not worth the start of one more process."""
+
+_AHEAD_BYTES = 1 << 30
+"""How far hashing the source may run ahead of converting it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,8 @@ class ConversionResult:
         num_bytes: bytes of the tensors that were written.
         num_parameters: values of the unquantised model.
         num_shards: files of weights.
+        num_resumed_tasks: tasks of an interrupted run that did not have to be done again.
+        num_tasks: tasks in all.
         elapsed_s: wall-clock seconds.
         notes: what the caller may want to know: files that were missing, leftovers that were removed.
     """
@@ -50,6 +65,8 @@ class ConversionResult:
     num_parameters: int
     num_shards: int
     elapsed_s: float
+    num_resumed_tasks: int = 0
+    num_tasks: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,46 +81,73 @@ def convert(
     *,
     recipe: Recipe | str = "4bit",
     dtype: str | None = None,
+    rounding: str | None = None,
     force: bool = False,
+    resume: bool = False,
+    requantize: bool = False,
+    jobs: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    task_bytes: int = TASK_BYTES,
+    on_plan: Callable[[Job], None] | None = None,
     progress: Progress | None = None,
 ) -> ConversionResult:
     """Convert the checkpoint in the folder `source` into the folder `out`, which appears complete or not at all.
 
+    An interrupted conversion leaves a folder beside `out` from which `resume` goes on.
+
     Args:
-        source: an unquantised checkpoint with Hugging Face's or MLX's names.
+        source: a checkpoint with Hugging Face's or MLX's names.
         out: the folder to make; its parents are made too.
-        recipe: how each matrix is stored, or the name of such a recipe.
+        recipe: how each matrix is stored, or the name of such a recipe, or the path of a recipe file.
         dtype: type of unquantised tensors and of affine scales; None takes ``torch_dtype`` of config.json and, where
             that is absent, each tensor's own. Expert biases are always float32.
+        rounding: ``minmax`` or ``search``; None takes the recipe's.
         force: replace an `out` that is a model folder already.
+        resume: go on with what an interrupted conversion left, after checking it; start anew where there is nothing.
+        requantize: accept a source that is quantised already, although precision that is lost does not come back.
+        jobs: processes that share the work; None takes the machine's cores, fewer for a small source. The result is
+            the same for any number.
         shard_bytes: most bytes of tensors in one file.
-        progress: called at the start and after each tensor; what it raises ends the conversion.
+        task_bytes: bytes of the source that a process converts in one go, and that an interruption costs at most.
+        on_plan: called once all sizes are known, before anything is written.
+        progress: called at the start and after each task; what it raises ends the conversion.
 
     Raises:
         OptionError: a parameter has a value that is refused.
-        CheckpointError: the source is missing something or damaged.
+        CheckpointError: the source is missing something, damaged, or was changed while it was read.
         ConfigError: the source's config.json holds a value that cannot be used.
-        ConversionError: source or destination do not allow it, or writing failed; nothing is left behind.
+        ConversionError: source or destination do not allow it, a worker died, or writing failed.
     """
     started = time.perf_counter()
     chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    check_integer("shard_bytes", shard_bytes, minimum=1)
+    chosen = chosen if rounding is None else replace(chosen, rounding=rounding)
+    for name, value in (("shard_bytes", shard_bytes), ("task_bytes", task_bytes)):
+        check_integer(name, value, minimum=1)
+    if jobs is not None:
+        check_integer("jobs", jobs, minimum=1, maximum=256)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
     try:
-        notes = tidy(out)
+        notes = tidy(out, keep_progress=resume)
         check_destination(source, out, force=force)
-        job = _Job(_open_source(source), chosen, dtype)
+        checkpoint = _open_source(source, requantize=requantize)
+        job = Job(CheckpointSource(checkpoint), chosen, dtype=dtype, shard_bytes=shard_bytes, task_bytes=task_bytes)
         sidecars = find_sidecars(source)
-        check_space(out, job.num_bytes + sum((source / file).stat().st_size for file in sidecars) + _SPARE_BYTES)
-        shards = plan_shards(job.planned, shard_bytes)
-        with staged(out) as folder:
-            _write(job, folder, shards, sidecars, progress)
+        if not resume or find_progress(out) is None:
+            needed = job.num_bytes + sum((source / file).stat().st_size for file in sidecars) + _SPARE_BYTES
+            check_space(out, needed)
+        if on_plan is not None:
+            on_plan(job)
+        run = _Run(job, source, out, LocalFeed(source, checkpoint.files))
+        with staged(out, resume=resume, keeps=_can_go_on) as folder:
+            run.fill(folder, sidecars, _num_workers(job, jobs), progress)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConversionError(f"{error.filename or out}: {reason}; the conversion to {out} was given up") from error
+        kept = "; free the cause and go on with --resume (resume=True)" if find_progress(out) else ""
+        raise ConversionError(
+            f"{error.filename or out}: {reason}; the conversion to {out} was given up{kept}"
+        ) from error
     if not any((out / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         notes.append(f"{source} has no tokenizer.json: the converted folder cannot turn text into tokens")
     return ConversionResult(
@@ -111,100 +155,144 @@ def convert(
         source_bytes=job.source_bytes,
         num_bytes=job.num_bytes,
         num_parameters=job.num_parameters,
-        num_shards=len(shards),
+        num_shards=len(job.shards),
+        num_resumed_tasks=run.num_resumed,
+        num_tasks=len(job.tasks),
         elapsed_s=time.perf_counter() - started,
         notes=tuple(notes),
     )
 
 
-def _open_source(source: Path) -> Checkpoint:
+def _open_source(source: Path, *, requantize: bool) -> Checkpoint:
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder, expected a checkpoint with config.json and safetensors files")
     checkpoint = Checkpoint(source)
     stored = checkpoint.config.quantization
-    if stored is not None:
+    if stored is not None and not requantize:
         raise ConversionError(
             f"{source}: is quantised already ({stored.default.bits} bits, {stored.default.mode}), expected full "
-            "precision; convert the original checkpoint"
+            "precision; convert the original checkpoint, or accept the loss with --requantize (requantize=True)"
         )
     return checkpoint
 
 
-def _target_dtype(checkpoint: Checkpoint, requested: str | None) -> str | None:
-    """The type to cast to; None leaves each tensor its own, as mlx-lm does when config.json has no ``torch_dtype``."""
-    name = requested or str(checkpoint.config.raw.get("torch_dtype")).removeprefix("torch.")
-    return name if name in DTYPES else None
+def _num_workers(job: Job, jobs: int | None) -> int:
+    if jobs is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = min(cores, 1 + job.source_bytes // _BYTES_PER_WORKER)
+    return max(1, min(jobs, len(job.tasks)))
 
 
-class _Job:
-    """What will be made of a checkpoint: every tensor's name, type and shape is known before any weight is read."""
+def _can_go_on(error: BaseException) -> bool:
+    """Whether a later run can go on after this: not where the source or a value in it was at fault."""
+    return not isinstance(error, LfmError) or isinstance(error, ConversionError)
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, dtype: str | None) -> None:
-        self.checkpoint = checkpoint
-        self.recipe = recipe
-        self.dtype = _target_dtype(checkpoint, dtype)
-        shapes = expected_tensors(checkpoint.config)
-        self.stored_as = {name: recipe.of(name, shapes[name]) for name in checkpoint.names}
-        self.num_parameters = sum(math.prod(shape) for shape in shapes.values())
-        self.source_bytes = sum(checkpoint.stored_bytes(name) for name in checkpoint.names)
-        self.planned = [
-            PlannedTensor.of(name, array) for source in checkpoint.names for name, array in self.make(source).items()
-        ]
-        self.num_bytes = sum(tensor.num_bytes for tensor in self.planned)
-        self._check_recipe()
 
-    def make(self, name: str) -> dict[str, mx.array]:
-        """The tensors written for our tensor `name`, unevaluated; asked for shapes alone, this reads no weight."""
-        array = cast(name, self.checkpoint.tensor(name), self.dtype)
-        how = self.stored_as[name]
-        return {name: array} if how is None else quantize(name, array, how)
+class _Run:
+    """One attempt at a job."""
 
-    def arrays(self, progress: Progress | None) -> Iterator[tuple[str, mx.array]]:
-        """All tensors in the planned order, each evaluated just before it is handed out and not kept."""
-        done_bytes = 0
-        if progress is not None:
-            progress(done_bytes, self.source_bytes)
-        for source in self.checkpoint.names:
-            yield from self._evaluated(source)
-            mx.clear_cache()
-            done_bytes += self.checkpoint.stored_bytes(source)
-            if progress is not None:
-                progress(done_bytes, self.source_bytes)
+    def __init__(self, job: Job, source: Path, out: Path, feed: Feed) -> None:
+        self.job = job
+        self.source = source
+        self.out = out
+        self.feed = feed
+        self.num_resumed = 0
 
-    def _evaluated(self, source: str) -> Iterator[tuple[str, mx.array]]:
-        made = self.make(source)
-        try:
-            if self.dtype == "float16":
-                check_float16(source, self.checkpoint.tensor(source))
-            mx.eval(made)
-        except RuntimeError as error:
-            raise CheckpointError(f"{source}: cannot be read ({error}); fetch the checkpoint again") from error
-        for name in list(made):
-            yield name, made.pop(name)
-
-    def overrides(self) -> dict[str, Quantization]:
-        """The matrices that are stored in another way than most, by module path."""
-        default = self.recipe.default
-        return {
-            name.removesuffix(".weight"): how
-            for name, how in self.stored_as.items()
-            if how is not None and how is not default
+    def fill(self, folder: Path, sidecars: Sequence[Path], num_workers: int, progress: Progress | None) -> None:
+        """Fill `folder`, config.json and the manifest last, and check that it loads."""
+        job = self.job
+        identity = {
+            "source": self.feed.identity,
+            **describe(job),
+            "plan": job.fingerprint(self.source),
         }
+        is_new = not (folder / ".journal").is_file()
+        journal = Journal.begin(folder, identity) if is_new else Journal.resume(folder, identity)
+        allocate(folder, job.shards)
+        self._check_done(journal, folder)
+        self._do_tasks(journal, folder, num_workers, progress)
+        for shard in job.shards:
+            _sync(folder / shard.file)
+        write_index(folder, job.shards, job.num_parameters)
+        copy_sidecars(self.source, folder, list(sidecars))
+        config = config_json(job.source.config, job.recipe.default, job.overrides(), job.dtype)
+        write_json(folder / "config.json", config)
+        verify(folder, job.planned)
+        write_manifest(folder, self.source, sidecars, journal.inputs, describe(job))
+        journal.remove()
 
-    def _check_recipe(self) -> None:
-        default = self.recipe.default
-        if default is not None and not any(self.stored_as.values()):
-            raise ConversionError(
-                f"{self.checkpoint.folder}: no matrix has rows that divide into groups of {default.group_size}; "
-                "choose a smaller --group-size, or --no-quantize"
-            )
+    def _check_done(self, journal: Journal, folder: Path) -> None:
+        """Forget the tasks whose work is not there as it was."""
+        for task in self.job.tasks:
+            if task.number in journal.tasks and digest_of(task, folder) != journal.tasks[task.number]:
+                del journal.tasks[task.number]
+        self.num_resumed = len(journal.tasks)
+
+    def _do_tasks(self, journal: Journal, folder: Path, num_workers: int, progress: Progress | None) -> None:
+        job, total = self.job, self.job.source_bytes
+        todo = [task for task in job.tasks if task.number not in journal.tasks]
+        left = Counter(task.file for task in todo)
+        done_bytes = total - sum(task.source_bytes for task in todo)
+        if progress is not None:
+            progress(done_bytes, total)
+        hashed = {self.source / name for name in journal.inputs}
+        hasher = Hasher(lambda file, size, digest: journal.add_input(str(file.relative_to(self.source)), size, digest))
+        with contextlib.closing(_Closing(hasher.stop)):
+            order = _Order(job.source.files, self.feed, hasher, hashed)
+            for done in do_tasks(order.dispatch(todo), folder, num_workers):
+                journal.add_task(done.task.number, done.digest)
+                done_bytes += done.task.source_bytes
+                left[done.task.file] -= 1
+                if not left[done.task.file]:
+                    self.feed.check(done.task.file)
+                if progress is not None:
+                    progress(done_bytes, total)
+            order.finish()
+        for file in job.source.files:
+            self.feed.check(file)
 
 
-def _write(job: _Job, folder: Path, shards: tuple[Shard, ...], sidecars: list[Path], progress: Progress | None) -> None:
-    """Fill `folder`, config.json last, and check that it loads."""
-    write_shards(folder, shards, job.arrays(progress))
-    write_index(folder, shards, job.num_parameters)
-    copy_sidecars(job.checkpoint.folder, folder, sidecars)
-    config = config_json(job.checkpoint.config, job.recipe.default, job.overrides(), job.dtype)
-    write_json(folder / "config.json", config)
-    verify(folder, job.planned)
+class _Closing:
+    """Lets `contextlib.closing` call any function."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self.close = close
+
+
+class _Order:
+    """Hands out tasks in the order of the source's files and lets these be hashed along with it."""
+
+    def __init__(self, files: Sequence[Path], feed: Feed, hasher: Hasher, hashed: set[Path]) -> None:
+        self.files = list(files)
+        self.feed = feed
+        self.hasher = hasher
+        self.hashed = hashed
+        self.opened_bytes = 0
+
+    def dispatch(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """The tasks, each once its file is there."""
+        for task in tasks:
+            self._open_to(task.file)
+            self.hasher.allow(self.opened_bytes + task.pieces[-1].reads[-1].offset + _AHEAD_BYTES)
+            yield task
+
+    def finish(self) -> None:
+        """Hash what no task has asked for."""
+        if self.files:
+            self._open_to(self.files[-1])
+        self.hasher.finish()
+
+    def _open_to(self, file: Path) -> None:
+        while file in self.files:
+            opened = self.files.pop(0)
+            self.feed.ensure(opened)
+            if opened not in self.hashed:
+                self.hasher.add([opened])
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""From one tensor of ours to the tensors that are written for it."""
+"""Rows of a matrix in the formats that MLX computes with."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import mlx.core as mx
 from lfm_mlx.config import Quantization
 from lfm_mlx.errors import ConversionError
 
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-"""Types that unquantised tensors can be given."""
+from .rounding import search_affine
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Types that unquantised tensors can be given, and safetensors' names for them."""
+
+DTYPES_OF_CODES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+"""MLX's types by safetensors' names."""
 
 
-def quantize(name: str, weight: mx.array, how: Quantization) -> dict[str, mx.array]:
-    """The stored form of the matrix ``X.weight``, not yet evaluated.
+def quantize_rows(
+    rows: mx.array, how: Quantization, search: bool = False, importance: mx.array | None = None
+) -> list[mx.array]:
+    """Rows of a matrix in their stored form, not yet evaluated.
 
     Args:
-        name: our name, ending in ``.weight``.
-        weight: (..., out, in), any float type; `in` divides into groups.
+        rows: (..., in), any float type; `in` divides into groups.
         how: group size, bits and mode.
+        search: look for the scale and bias of least squared error (mode affine only); otherwise MLX's own rule.
+        importance: float32 (in,), the weight of each column in that error.
 
     Returns:
-        ``X.weight`` packed into uint32, ``X.scales`` and, in mode affine, ``X.biases``. Affine scales and biases keep
-        the type of `weight`; the other modes have uint8 scales.
+        Packed values as uint32, scales and, in mode affine, biases. Affine scales and biases keep the type of `rows`;
+        the other modes have uint8 scales.
     """
-    path = name.removesuffix(".weight")
-    packed = mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode)
-    return {f"{path}.{part}": array for part, array in zip(("weight", "scales", "biases"), packed, strict=False)}
-
-
-def cast(name: str, array: mx.array, dtype: str | None) -> mx.array:
-    """`array` as `dtype` (None: as it is stored); expert biases are float32 always, since they decide near-ties."""
-    if name.endswith("expert_bias"):
-        return array.astype(mx.float32)
-    return array if dtype is None else array.astype(DTYPES[dtype])
+    if search and how.mode == "affine":
+        return list(search_affine(rows, how.group_size, how.bits, importance))
+    return list(mx.quantize(rows, group_size=how.group_size, bits=how.bits, mode=how.mode))
 
 
 def check_float16(name: str, array: mx.array) -> None:

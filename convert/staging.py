@@ -1,7 +1,8 @@
 """A folder that appears complete or not at all: written beside its place, renamed at the end.
 
 While a conversion to ``OUT`` runs, its files are in ``.OUT.partial-xxxxxxxx`` in the same parent; a folder that is
-being replaced waits in ``.OUT.replaced-xxxxxxxx``. What a killed run left behind is tidied up by the next one.
+being replaced waits in ``.OUT.replaced-xxxxxxxx``. What a killed run left behind is tidied up by the next one, or gone
+on with.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lfm_mlx.errors import ConversionError
+
+from .journal import has_progress
+
+PATIENCE_S = 5.0
+"""How long a lock is waited for."""
 
 
 def check_destination(source: Path, out: Path, *, force: bool) -> None:
@@ -40,8 +47,12 @@ def check_destination(source: Path, out: Path, *, force: bool) -> None:
         raise ConversionError(f"{out}: is not a model folder (no config.json), so it is not replaced; empty it first")
 
 
-def tidy(out: Path) -> list[str]:
-    """Remove what earlier, killed runs to `out` left beside it; put a replaced folder back if `out` is missing.
+def tidy(out: Path, *, keep_progress: bool = False) -> list[str]:
+    """Remove what earlier, interrupted runs to `out` left beside it; put a replaced folder back if `out` is missing.
+
+    Args:
+        out: the destination.
+        keep_progress: leave a folder that `staged` can go on with.
 
     Returns:
         One sentence for each thing done.
@@ -52,12 +63,17 @@ def tidy(out: Path) -> list[str]:
     if not out.parent.is_dir():
         return []
     notes = []
+    kept = find_progress(out) if keep_progress else None
     for partial in _beside(out, "partial"):
+        if partial == kept:
+            continue
         with _lock(partial) as is_ours:
             if not is_ours:
                 raise ConversionError(f"{out}: another conversion is writing it ({partial}); wait for it to end")
+            is_progress = has_progress(partial)
             shutil.rmtree(partial)
-        notes.append(f"removed {partial}, left by an interrupted conversion")
+        hint = " (--resume would have gone on with it)" if is_progress else ""
+        notes.append(f"removed {partial}, left by an interrupted conversion{hint}")
     for replaced in _beside(out, "replaced"):
         if out.exists():
             shutil.rmtree(replaced)
@@ -83,25 +99,51 @@ def check_space(out: Path, needed_bytes: int) -> None:
         )
 
 
+def find_progress(out: Path) -> Path | None:
+    """The folder in which an interrupted conversion to `out` got somewhere, if there is one."""
+    if not out.parent.is_dir():
+        return None
+    return next((partial for partial in _beside(out, "partial") if has_progress(partial)), None)
+
+
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """An empty folder that becomes `out` when the block ends well and is removed when it raises anything.
+def staged(out: Path, *, resume: bool = False, keeps: Callable[[BaseException], bool] | None = None) -> Iterator[Path]:
+    """A folder that becomes `out` when the block ends well.
 
     An `out` that exists is kept until the new one is complete, and put back if the exchange fails.
+
+    Args:
+        out: the destination.
+        resume: yield the folder of an interrupted conversion, if there is one, instead of an empty one.
+        keeps: whether the folder stays, for a later `resume`, when the block raises this; otherwise it is removed.
+
+    Raises:
+        ConversionError: another conversion to `out` is running.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = _sibling(out, "partial")
-    partial.mkdir()
+    partial = find_progress(out) if resume else None
+    if partial is None:
+        partial = _sibling(out, "partial")
+        partial.mkdir()
     try:
-        with _lock(partial):
+        with _lock(partial) as is_ours:
+            if not is_ours:
+                raise _BusyError(f"{out}: another conversion is writing it ({partial}); wait for it to end")
             yield partial
             sync(partial)
             replaced = _exchange(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except _BusyError:
+        raise
+    except BaseException as error:
+        if not (keeps is not None and keeps(error) and has_progress(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+class _BusyError(ConversionError):
+    """Somebody else's folder is not ours to remove."""
 
 
 def sync(path: Path) -> None:
@@ -130,19 +172,31 @@ def _exchange(new: Path, out: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Hold the lock on `folder` while it is written; False when another process holds it."""
+    """Hold the lock on `folder` while it is written; False when another process holds it.
+
+    Worker processes inherit the lock. Those of a run that was killed notice it after their piece, hence the patience.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
+    os.set_inheritable(descriptor, True)
     try:
+        yield _locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    end = time.monotonic() + PATIENCE_S
+    while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+            continue
         except OSError:
             pass  # a file system without locks: two runs at once are then the user's to avoid
-        yield True
-    finally:
-        os.close(descriptor)
+        return True
 
 
 def _nearest(path: Path) -> Path:

@@ -1,27 +1,27 @@
-"""Weights on disk: safetensors shards that are appended to tensor by tensor, and their index.
+"""Weights on disk: safetensors shards and their index.
 
-A shard's header is known before its first byte of data, so no more than one tensor has to be in memory. Layout of the
-format: https://github.com/huggingface/safetensors#format.
+A shard's header is known before its first byte of data, so each part of the data can be put in its place at any time.
+Layout of the format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import mlx.core as mx
-
+from lfm_mlx.config import Quantization
 from lfm_mlx.names import Shape
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
-_CODES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,31 @@ class PlannedTensor:
     name: str
     dtype: str
     shape: Shape
-    num_bytes: int
 
-    @classmethod
-    def of(cls, name: str, array: mx.array) -> PlannedTensor:
-        """The plan for `array`, which need not be evaluated."""
-        return cls(name=name, dtype=_CODES[array.dtype], shape=tuple(array.shape), num_bytes=array.nbytes)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def plan_tensors(name: str, shape: Shape, dtype: str, how: Quantization | None) -> list[PlannedTensor]:
+    """The tensors written for one of ours.
+
+    Args:
+        name: our name.
+        shape: its unquantised shape.
+        dtype: of unquantised values and of affine scales and biases.
+        how: how it is quantised; None leaves it as it is.
+    """
+    if how is None:
+        return [PlannedTensor(name=name, dtype=dtype, shape=shape)]
+    path = name.removesuffix(".weight")
+    *outer, width = shape
+    groups = (*outer, width // how.group_size)
+    planned = [PlannedTensor(name=name, dtype="U32", shape=(*outer, width * how.bits // 32))]
+    if how.mode != "affine":
+        return [*planned, PlannedTensor(name=f"{path}.scales", dtype="U8", shape=groups)]
+    return planned + [PlannedTensor(name=f"{path}.{kind}", dtype=dtype, shape=groups) for kind in ("scales", "biases")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +83,16 @@ def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> tuple[Sha
     return tuple(Shard(file=file, tensors=tuple(group)) for file, group in zip(files, groups, strict=True))
 
 
-def write_shards(folder: Path, shards: Iterable[Shard], arrays: Iterator[tuple[str, mx.array]]) -> None:
-    """Write every shard, taking one array after the other; `arrays` yields them in the planned order."""
+def allocate(folder: Path, shards: Iterable[Shard]) -> None:
+    """Make every shard with its header and its full length; an existing one keeps its data."""
     for shard in shards:
-        with (folder / shard.file).open("wb") as stream:
-            stream.write(header_bytes(shard.tensors))
-            for tensor in shard.tensors:
-                _append(stream, tensor, arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-    assert next(arrays, None) is None
-
-
-def _append(stream: BinaryIO, tensor: PlannedTensor, arrays: Iterator[tuple[str, mx.array]]) -> None:
-    name, array = next(arrays)
-    assert PlannedTensor.of(name, array) == tensor
-    data = mx.contiguous(array).reshape(-1).view(mx.uint8)
-    stream.write(memoryview(data))  # type: ignore[arg-type]  # mlx's stubs leave out the buffer protocol
+        header = header_bytes(shard.tensors)
+        descriptor = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(descriptor, header, 0)
+            os.ftruncate(descriptor, len(header) + sum(tensor.num_bytes for tensor in shard.tensors))
+        finally:
+            os.close(descriptor)
 
 
 def header_bytes(tensors: Iterable[PlannedTensor]) -> bytes:

@@ -32,13 +32,14 @@ _MAX_LISTED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor as its file's header describes it."""
+    """One tensor as its file's header describes it; `offset` counts bytes from the start of the file."""
 
     name: str
     file: Path
     dtype: str
     shape: Shape
     num_bytes: int
+    offset: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +107,15 @@ class Checkpoint:
         """Whether the checkpoint yields our tensor `name`."""
         return name in self._sources
 
+    def sources(self, name: str) -> list[Source]:
+        """What our tensor `name` is assembled from, an expert's slices in the order of the experts."""
+        return sorted(self._sources[name], key=lambda source: source.part.expert or 0)
+
     def tensor(self, name: str) -> mx.array:
         """Our tensor `name` as an unevaluated array; nothing of it is kept here."""
-        sources = self._sources[name]
+        sources = self.sources(name)
         if sources[0].part.expert is not None:
-            ordered = sorted(sources, key=lambda source: source.part.expert or 0)
-            return mx.stack([self._stored(source.info) for source in ordered])
+            return mx.stack([self._stored(source.info) for source in sources])
         (source,) = sources
         array = self._stored(source.info)
         if source.part.rows is not None:
@@ -214,7 +218,7 @@ def _parse_header(file: Path, size: int, stream: BinaryIO) -> dict[str, TensorIn
     try:
         header = json.loads(header_bytes, parse_constant=_refuse_constant)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _tensor_info(name, entry, file) for name, entry in entries.items()}
+        tensors = {name: _tensor_info(name, entry, file, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged safetensors header ({error}); fetch the file again") from error
     needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -227,7 +231,7 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
-def _tensor_info(name: str, entry: Mapping[str, Any], file: Path) -> TensorInfo:
+def _tensor_info(name: str, entry: Mapping[str, Any], file: Path, start: int) -> TensorInfo:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _MAX_AXES:
         raise ValueError(f"{name} has dtype {dtype!r:.40} and shape {shape!r:.80}")
@@ -237,7 +241,7 @@ def _tensor_info(name: str, entry: Mapping[str, Any], file: Path) -> TensorInfo:
     needed = math.prod(shape) * _ITEM_BYTES.get(dtype, 0)
     if num_bytes < 0 or (dtype in _ITEM_BYTES and num_bytes != needed):
         raise ValueError(f"{name} has {num_bytes:,} bytes of data, expected {needed:,} for {dtype} {tuple(shape)}")
-    return TensorInfo(name=name, file=file, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes)
+    return TensorInfo(name=name, file=file, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes, offset=start + begin)
 
 
 def _group_sources(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, list[Source]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from lfm_mlx.bench.conversion_cost import ask_conversion_cost
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.launch_count import ask_launches
@@ -21,8 +22,9 @@ from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.shapes import SHAPES
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
+from lfm_mlx.bench.synthetic import TAILS, write_synthetic
 from lfm_mlx.errors import OptionError
-from lfm_mlx.terminal import run
+from lfm_mlx.terminal import format_bytes, run
 
 MOST = 1_000_000
 """Larger numbers of tokens, rows or repeats are refused as slips."""
@@ -122,6 +124,27 @@ def prefill(**options: Any) -> None:
     """Tokens/s of taking prompts in."""
     subject, measured = _split(options)
     _finish(ask_prefill_speed(subject, **measured))
+
+
+@group.command()
+@click.option("--model", required=True, type=click.Path(file_okay=False, exists=True, path_type=Path), help="Folder.")
+@click.option("--jobs", type=COUNT, help="Worker processes.")
+@click.option("--peer", type=click.Choice(PEERS), help="Convert with it too, and compare every tensor.")
+def convert(model: Path, jobs: int | None, peer: str | None) -> None:
+    """Seconds and memory of a conversion to 4 bits."""
+    _finish(ask_conversion_cost(model, jobs=jobs, peer=peer))
+
+
+@group.command()
+@click.option("--shapes", required=True, metavar="NAME", help=f"A geometry: {', '.join(SHAPES)}.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--shards", default=4, show_default=True, type=COUNT, help="Files of weights.")
+@click.option("--tails", default="normal", show_default=True, type=click.Choice(TAILS), help="Distribution.")
+@click.option("--seed", default=0, show_default=True, type=int, help="The same one gives the same bytes.")
+def synthetic(shapes: str, out: Path, shards: int, tails: str, seed: int) -> None:
+    """Write a checkpoint of random weights in Hugging Face's layout, for `convert`; it measures nothing."""
+    num_bytes = write_synthetic(shapes, out, num_shards=shards, tails=tails, seed=seed)
+    click.echo(f"{out}: {format_bytes(num_bytes)}")
 
 
 @group.command()

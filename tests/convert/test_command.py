@@ -23,6 +23,7 @@ def pause(*arguments):
 conversion.write_index = pause
 run(command, "convert")
 """
+EARLY = PAUSED.replace("write_index", "allocate")
 LIMITED = """
 import resource
 from lfm_mlx.convert.__main__ import command
@@ -164,24 +165,35 @@ def test_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path):
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
-        (signal.SIGTERM, 143, "stopped by SIGTERM; nothing was written"),
-        (signal.SIGHUP, 129, "stopped by SIGHUP; nothing was written"),
-        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, r"stopped by SIGTERM; --resume goes on with \S+"),
+        (signal.SIGHUP, 129, r"stopped by SIGHUP; --resume goes on with \S+"),
+        (signal.SIGINT, 130, r"--resume goes on with \S+\ninterrupted"),
     ],
 )
-def test_signal_ends_with_one_line_and_leaves_nothing(sources, tmp_path, number, code, line):
+def test_signal_ends_with_a_word_on_what_is_left_and_resume_goes_on(run, sources, tmp_path, number, code, line):
     with paused(sources["moe"], tmp_path / "out") as process:
         process.send_signal(number)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == code
-    assert error.strip() == line
+    assert re.fullmatch(line, error.strip())
+    (left,) = os.listdir(tmp_path)
+    assert left in error
+    assert run("--out", tmp_path / "out", "--resume", "--quiet") == (0, "", "")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_signal_before_any_task_is_done_leaves_nothing(sources, tmp_path):
+    with paused(sources["moe"], tmp_path / "out", EARLY) as process:
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert error.strip() == "stopped by SIGTERM; nothing was written"
     assert os.listdir(tmp_path) == []
 
 
 def test_killed_run_leaves_no_destination_and_the_next_run_tidies_up(run, sources, tmp_path):
     with paused(sources["moe"], tmp_path / "out") as process:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".out.partial-")
     assert "config.json" not in os.listdir(tmp_path / left)
@@ -191,12 +203,42 @@ def test_killed_run_leaves_no_destination_and_the_next_run_tidies_up(run, source
     assert os.listdir(tmp_path) == ["out"]
 
 
-def paused(source, out):
+def paused(source, out, program=PAUSED):
     """A conversion in another process that waits once all weights are written."""
-    command = [sys.executable, "-c", PAUSED, "--model", str(source), "--out", str(out), "--quiet"]
+    command = [sys.executable, "-c", program, "--model", str(source), "--out", str(out), "--quiet"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "written\n"
     return process
+
+
+def test_sizes_are_told_before_anything_is_written(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    code, _, error = run("--out", tmp_path / "out", "--recipe", "mixed")
+    assert code == 0
+    assert re.search(r"recipe mixed: [\d.]+ kB -> [\d.]+ kB, \d+\.\d+ bits per weight", error)
+
+
+def test_recipes_are_listed_with_bits_and_bytes(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert", "recipes"])
+    with pytest.raises(SystemExit):
+        run_command(command, "convert")
+    output = capfd.readouterr().out
+    assert re.search(r"^4bit +4\.501 bits per weight +4\.76 GB", output, re.MULTILINE)
+    assert re.search(r"^unquantized +16\.000 bits per weight +16\.94 GB", output, re.MULTILINE)
+
+
+def test_verify_finds_a_changed_byte(run, tmp_path, capfd, monkeypatch):
+    run("--out", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["convert", "verify", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(command, "convert")
+    assert exit_info.value.code == 0
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(command, "convert")
+    assert exit_info.value.code == 1
+    assert "model.safetensors: is" in capfd.readouterr().err
 
 
 def test_importing_the_converter_stays_cheap():

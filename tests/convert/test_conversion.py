@@ -35,6 +35,10 @@ def tensors_of(folder):
     return tensors
 
 
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def identical(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and mx.array_equal(a, b).item()
 
@@ -137,7 +141,7 @@ def test_result_counts_what_is_on_the_disk(sources, tmp_path):
 
 def test_tokenizer_template_and_licence_are_beside_the_weights(sources, tmp_path):
     out = convert(sources["moe"], tmp_path / "out").folder
-    weights = {"model.safetensors", "model.safetensors.index.json", "config.json"}
+    weights = {"model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"}
     copied = {path.name for path in out.iterdir()} - weights
     expected = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE"}
     assert copied == expected
@@ -209,15 +213,20 @@ def test_transformers_and_a_full_precision_conversion_agree(model, tmp_path):
     assert np.abs(logits[:, 1:] - expected[:, :-1]).max() > 0.1
 
 
-def test_interrupted_conversion_leaves_nothing(sources, tmp_path):
+def test_progress_that_raises_ends_the_conversion_and_can_be_gone_on_with(sources, tmp_path):
     def interrupt(done_bytes, total_bytes):
         if done_bytes > total_bytes / 2:
-            assert len(os.listdir(tmp_path)) == 1
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(sources["moe"], tmp_path / "out", progress=interrupt)
-    assert os.listdir(tmp_path) == []
+        convert(sources["moe"], tmp_path / "out", progress=interrupt, task_bytes=20_000)
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".out.partial-")
+    assert "config.json" not in os.listdir(tmp_path / left)
+    result = convert(sources["moe"], tmp_path / "out", resume=True, task_bytes=20_000)
+    assert 0 < result.num_resumed_tasks < result.num_tasks
+    whole = convert(sources["moe"], tmp_path / "whole").folder
+    assert contents_of(result.folder) == contents_of(whole)
 
 
 def test_failed_replacement_keeps_the_old_folder(sources, tmp_path, monkeypatch):
@@ -247,12 +256,12 @@ def test_force_replaces_and_its_absence_refuses(sources, tmp_path):
 
 def test_progress_counts_every_source_byte_once(sources, tmp_path):
     calls = []
-    result = convert(sources["moe"], tmp_path / "out", progress=lambda *counts: calls.append(counts))
+    result = convert(sources["moe"], tmp_path / "out", task_bytes=20_000, progress=lambda *counts: calls.append(counts))
     done = [done_bytes for done_bytes, _ in calls]
     assert done[0] == 0
     assert done == sorted(done)
     assert calls[-1] == (result.source_bytes, result.source_bytes)
-    assert len(calls) == 1 + len(Checkpoint(sources["moe"]).names)
+    assert len(calls) == 1 + result.num_tasks
 
 
 def test_peak_memory_is_less_than_a_layer(make_weights, make_checkpoint, configs, tmp_path):
@@ -275,11 +284,18 @@ def test_peak_memory_is_less_than_a_layer(make_weights, make_checkpoint, configs
     assert peak_bytes(lambda: mx.eval([checkpoint.tensor(name) for name in checkpoint.names])) > 10 * layer_bytes
 
 
-def test_quantised_source_is_refused(sources, tmp_path):
-    quantised = convert(sources["moe"], tmp_path / "4bit").folder
-    with pytest.raises(ConversionError, match=r"quantised already \(4 bits, affine\).*convert the original"):
+def test_quantised_source_is_refused_unless_asked_for(sources, tmp_path):
+    quantised = convert(sources["moe"], tmp_path / "8bit", recipe="8bit").folder
+    with pytest.raises(ConversionError, match=r"quantised already \(8 bits, affine\).*--requantize"):
         convert(quantised, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["4bit"]
+    assert os.listdir(tmp_path) == ["8bit"]
+    made = tensors_of(convert(quantised, tmp_path / "out", requantize=True).folder)
+    eight = tensors_of(quantised)
+    path = "model.layers.2.feed_forward.switch_mlp.up_proj"
+    restored = mx.dequantize(*(eight[f"{path}.{part}"] for part in ("weight", "scales", "biases")), 64, 8)
+    expected = mx.quantize(restored, 64, 4)
+    parts = [made[f"{path}.{part}"] for part in ("weight", "scales", "biases")]
+    assert all(identical(a, b) for a, b in zip(parts, expected, strict=True))
 
 
 def test_missing_tokenizer_is_a_note_and_no_error(sources, tmp_path):
@@ -322,6 +338,8 @@ def test_group_size_that_fits_no_matrix_is_refused(make_weights, make_checkpoint
         ({"recipe": "5bits"}, "recipe is '5bits'"),
         ({"dtype": "bf16"}, "dtype is 'bf16', expected one of bfloat16, float16, float32"),
         ({"shard_bytes": 0}, "shard_bytes is 0"),
+        ({"task_bytes": 0}, "task_bytes is 0"),
+        ({"jobs": 0}, "jobs is 0"),
     ],
 )
 def test_wrong_options_are_refused_by_name(sources, tmp_path, options, message):

@@ -2,11 +2,10 @@ import mlx.core as mx
 import pytest
 
 from lfm_mlx.config import Quantization
-from lfm_mlx.convert.quantize import cast, check_float16, quantize
+from lfm_mlx.convert.quantize import check_float16, quantize_rows
 from lfm_mlx.errors import ConversionError
 
 NAME = "model.layers.0.conv.in_proj.weight"
-PATH = "model.layers.0.conv.in_proj"
 
 
 def identical(a, b):
@@ -16,8 +15,7 @@ def identical(a, b):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_dequantised_values_are_within_half_a_step_of_the_weights(bits):
     weight = mx.random.normal((48, 128), key=mx.random.key(0))
-    made = quantize(NAME, weight, Quantization(bits=bits, group_size=64))
-    restored = mx.dequantize(*(made[f"{PATH}.{part}"] for part in ("weight", "scales", "biases")), 64, bits)
+    restored = mx.dequantize(*quantize_rows(weight, Quantization(bits=bits, group_size=64)), 64, bits)
     groups = weight.reshape(48, 2, 64)
     step = (groups.max(axis=-1) - groups.min(axis=-1)) / (2**bits - 1)
 
@@ -30,46 +28,33 @@ def test_dequantised_values_are_within_half_a_step_of_the_weights(bits):
 
 
 @pytest.mark.parametrize(
-    ("mode", "bits", "group_size", "parts"),
+    ("mode", "bits", "group_size", "dtypes"),
     [
-        ("affine", 4, 64, {"weight": mx.uint32, "scales": mx.bfloat16, "biases": mx.bfloat16}),
-        ("mxfp4", 4, 32, {"weight": mx.uint32, "scales": mx.uint8}),
-        ("nvfp4", 4, 16, {"weight": mx.uint32, "scales": mx.uint8}),
-        ("mxfp8", 8, 32, {"weight": mx.uint32, "scales": mx.uint8}),
+        ("affine", 4, 64, [mx.uint32, mx.bfloat16, mx.bfloat16]),
+        ("mxfp4", 4, 32, [mx.uint32, mx.uint8]),
+        ("nvfp4", 4, 16, [mx.uint32, mx.uint8]),
+        ("mxfp8", 8, 32, [mx.uint32, mx.uint8]),
     ],
 )
-def test_each_mode_stores_its_own_parts(mode, bits, group_size, parts):
+def test_each_mode_stores_its_own_parts(mode, bits, group_size, dtypes):
     weight = mx.zeros((16, 64), mx.bfloat16)
-    made = quantize(NAME, weight, Quantization(mode=mode, bits=bits, group_size=group_size))
-    assert {name: array.dtype for name, array in made.items()} == {f"{PATH}.{p}": d for p, d in parts.items()}
-    assert made[NAME].shape == (16, 64 * bits // 32)
-    assert made[f"{PATH}.scales"].shape == (16, 64 // group_size)
+    made = quantize_rows(weight, Quantization(mode=mode, bits=bits, group_size=group_size))
+    assert [array.dtype for array in made] == dtypes
+    assert made[0].shape == (16, 64 * bits // 32)
+    assert made[1].shape == (16, 64 // group_size)
 
 
-def test_a_stack_of_experts_is_quantised_like_each_expert_alone():
-    name = "model.layers.2.feed_forward.switch_mlp.up_proj.weight"
-    stack = mx.random.normal((3, 16, 64), key=mx.random.key(1)).astype(mx.bfloat16)
-    how = Quantization(bits=4, group_size=64)
-    together = quantize(name, stack, how)
-    for expert in range(3):
-        alone = quantize(name, stack[expert], how)
-        other = quantize(name, stack[(expert + 1) % 3], how)
-        for part, array in alone.items():
-            assert identical(together[part][expert], array)
-            assert not identical(together[part][expert], other[part])
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
-def test_expert_bias_becomes_float32_whatever_the_rest_is_cast_to(dtype):
-    bias = mx.array([0.5, -0.25], mx.bfloat16)
-    made = cast("model.layers.2.feed_forward.expert_bias", bias, dtype)
-    assert identical(made, bias.astype(mx.float32))
-
-
-def test_other_tensors_are_cast_as_asked_or_left_alone():
-    norm = mx.array([0.1, 0.7], mx.float32)
-    assert identical(cast("model.embedding_norm.weight", norm, None), norm)
-    assert identical(cast("model.embedding_norm.weight", norm, "float16"), norm.astype(mx.float16))
+@pytest.mark.parametrize("search", [False, True])
+def test_rows_are_quantised_alike_together_and_in_parts(search):
+    rows = mx.random.normal((48, 64), key=mx.random.key(1)).astype(mx.bfloat16)
+    how = Quantization(bits=4, group_size=32)
+    together = quantize_rows(rows, how, search)
+    for first in range(0, 48, 16):
+        part = quantize_rows(rows[first : first + 16], how, search)
+        other = quantize_rows(rows[(first + 16) % 48 :][:16], how, search)
+        for whole, array, wrong in zip(together, part, other, strict=True):
+            assert identical(whole[first : first + 16], array)
+            assert not identical(whole[first : first + 16], wrong)
 
 
 def test_values_beyond_float16_are_refused_by_name():

@@ -1,0 +1,65 @@
+"""The source's files while they are converted: there when they are needed, and the same as at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from lfm_mlx.errors import CheckpointError
+
+
+class Feed(Protocol):
+    """Provides the files of a source."""
+
+    identity: dict[str, Any]
+    """By file, what tells whether it is the same one later."""
+
+    def ensure(self, file: Path) -> None:
+        """Return when `file` can be read."""
+        ...
+
+    def check(self, file: Path) -> None:
+        """All of `file` was read.
+
+        Raises:
+            CheckpointError: it is not the file that it was at the start.
+        """
+        ...
+
+
+class LocalFeed:
+    """Files of a folder, told apart by length and time of change."""
+
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+        self.folder = folder
+        names = [folder / "config.json", *files]
+        self.identity: dict[str, Any] = {str(file.relative_to(folder)): _stamp(file) for file in names}
+
+    def ensure(self, file: Path) -> None:
+        """Check that `file` is what it was."""
+        self.check(file)
+
+    def check(self, file: Path) -> None:
+        """Check that `file` is what it was.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        before = self.identity[str(file.relative_to(self.folder))]
+        try:
+            now = _stamp(file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: is gone ({error.strerror}), expected it until the conversion ends"
+            ) from error
+        if now != before:
+            raise CheckpointError(
+                f"{file}: was changed while it was being converted ({before[0]:,} bytes before, {now[0]:,} now), "
+                "expected it to stay as it is; convert it again when it is complete"
+            )
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
