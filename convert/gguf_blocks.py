@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,16 +26,15 @@ def dequantized_blocks(data: NDArray[np.uint8], type_name: str) -> NDArray[np.fl
     return values
 
 
-def import_gguf():  # type: ignore[no-untyped-def]
+def import_gguf() -> Any:
     """The `gguf` package, an optional extra.
 
     Raises:
         ConversionError: it is not installed.
     """
     try:
-        import gguf  # an optional extra
+        return importlib.import_module("gguf")
     except ImportError as error:
         raise ConversionError(
             "reading GGUF files needs the gguf package, which is not installed; run: pip install 'lfm-mlx[gguf]'"
         ) from error
-    return gguf
