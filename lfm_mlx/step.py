@@ -231,20 +231,22 @@ def _segment(model: Model, first: int | None, last: int | None) -> Callable[...,
     def run(x: mx.array, attended: mx.array | None, offsets: mx.array, rows: Rows) -> Any:
         if first is None:
             x = model.embed_tokens(x[:, None, None]).astype(model.dtype)
+            normed = model.layers[0].operator_norm(x)
         else:
             block = model.layers[first]
             assert attended is not None
-            x = block.feed_step(x + block.operator.merge_one(attended))
+            x, normed = block.feed_step(x, block.operator.merge_one(attended), model.norm_behind(first))
         latest: Rows = []
-        for block, seen in zip(model.layers[start:stop], rows, strict=True):
+        for layer, seen in zip(range(start, stop), rows, strict=True):
+            block = model.layers[layer]
             assert isinstance(block.operator, ShortConv)
-            mixed, remembered = block.operator.step(block.operator_norm(x), seen)
+            mixed, remembered = block.operator.step(normed, seen)
             latest.append(remembered)
-            x = block.feed_step(x + mixed)
+            x, normed = block.feed_step(x, mixed, model.norm_behind(layer))
         if last is None:
-            return model.head(model.embedding_norm(x))[:, 0, 0], latest
+            return model.head(normed)[:, 0, 0], latest
         block = model.layers[last]
         assert isinstance(block.operator, Attention)
-        return x, *block.operator.project_one(block.operator_norm(x), offsets), latest
+        return x, *block.operator.project(normed, offsets), latest
 
     return run

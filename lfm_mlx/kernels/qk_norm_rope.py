@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 
 import mlx.core as mx
-import numpy as np
 
 from lfm_mlx.kernels.choice import MAX_TOKENS, Case, FusedKernel, are_alike, random_values
 from lfm_mlx.kernels.metal_kernel import SIMD_LANES, MetalKernel, constant
@@ -139,8 +138,7 @@ def _launch(qkv: mx.array, weight: mx.array, offsets: mx.array, theta: float, ep
 @functools.cache
 def frequencies(theta: float, head_dim: int) -> mx.array:
     """``theta^(-2 i / P)`` for the pairs of a head, float32 ``(P / 2,)``; kept."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    made = mx.array((theta**-exponents).astype(np.float32))
+    made = mx.array([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=mx.float32)
     mx.eval(made)
     return made
 

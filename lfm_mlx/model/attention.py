@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.cache import AttentionCache, Span
+from lfm_mlx.kernels import qk_norm_rope
 from lfm_mlx.model.linear import AnyLinear
 
 
@@ -38,8 +39,6 @@ class Attention(Module):
         super().__init__()
         self.qkv_proj = qkv_proj
         self.qk_norm = qk_norm
-        self._qk_norm_step = qk_norm[:, None]
-        mx.eval(self._qk_norm_step)
         self.out_proj = out_proj
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -56,26 +55,16 @@ class Attention(Module):
         return self.merge(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=span.mask))
 
     def project(self, x: mx.array, offsets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries ``(B, H, L, P)``, keys and values ``(B, G, L, P)`` of `x` ``(B, L, D)``, rotated by the positions."""
-        B, L, _ = x.shape
-        H, G, P = self.num_heads, self.num_kv_heads, self.head_dim
-        heads = self.qkv_proj(x).reshape(B, L, H + 2 * G, P)
-        # Values are normalised too and dropped: the norm then reads whole rows and needs no copy of a slice.
-        normed = mx.fast.rms_norm(heads, None, self.eps)
-        queries_keys = (normed[:, :, : H + G] * self.qk_norm).transpose(0, 2, 1, 3)  # (B, H + G, L, P)
-        rotated = self._rotate(queries_keys, offsets)
-        return rotated[:, :H], rotated[:, H:], heads[:, :, H + G :].transpose(0, 2, 1, 3)
+        """Project, normalise and rotate.
 
-    def project_one(self, x: mx.array, offsets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """`project` of one token a row, ``(B, 1, 1, D)``: the same values in half as many array operations."""
-        H, G, P = self.num_heads, self.num_kv_heads, self.head_dim
-        heads = self.qkv_proj(x).reshape(-1, H + 2 * G, 1, P)
-        normed = mx.fast.rms_norm(heads, None, self.eps)
-        rotated = self._rotate(normed[:, : H + G] * self._qk_norm_step, offsets)
-        return rotated[:, :H], rotated[:, H:], heads[:, H + G :]
+        Args:
+            x: ``(B, L, D)``, or one token a row as ``(B, 1, 1, D)``.
+            offsets: int32, position of the first token: a scalar, or ``(B,)``.
 
-    def _rotate(self, heads: mx.array, offsets: mx.array) -> mx.array:
-        return mx.fast.rope(heads, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offsets)
+        Returns:
+            Queries ``(B, H, L, P)``, keys and values ``(B, G, L, P)``.
+        """
+        return qk_norm_rope(self.qkv_proj(x), self.qk_norm, offsets, self.rope_theta, self.eps)
 
     def merge(self, attended: mx.array) -> mx.array:
         """Bring heads ``(B, H, L, P)`` together and project: ``(B, L, D)``."""

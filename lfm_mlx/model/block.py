@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.cache import AttentionCache, ConvState, LayerState, Span
+from lfm_mlx.kernels import add_norm
 from lfm_mlx.model.attention import Attention
 from lfm_mlx.model.mlp import MLP
 from lfm_mlx.model.moe import MoE
@@ -25,21 +26,40 @@ class Block(Module):
         self.ffn_norm = ffn_norm
         self.feed_forward = feed_forward
 
-    def __call__(self, x: mx.array, state: LayerState | None, span: Span) -> mx.array:
-        """Map ``(B, L, D)`` to ``(B, L, D)`` and move the layer's state on."""
-        normed = self.operator_norm(x)
+    def __call__(
+        self, x: mx.array, normed: mx.array, state: LayerState | None, span: Span, following: Norm
+    ) -> tuple[mx.array, mx.array]:
+        """Compute the layer and move its state on.
+
+        Args:
+            x: ``(B, L, D)``.
+            normed: `operator_norm` of `x`; a layer hands it to the next, so that adding and normalising are one kernel.
+            state: what the layer remembers, None for nothing.
+            span: where the tokens stand.
+            following: the norm behind this layer: the next layer's `operator_norm`, or the last norm.
+
+        Returns:
+            The layer's output ``(B, L, D)``, and `following` of it.
+        """
         if isinstance(self.operator, Attention):
             assert state is None or isinstance(state, AttentionCache)
             mixed = self.operator(normed, state, span)
         else:
             assert state is None or isinstance(state, ConvState)
             mixed = self.operator(normed, state, span)
-        return self.feed(x + mixed)
+        summed, normed = self._add(x, mixed)
+        return self.feed_forward(normed, summed, following)
 
-    def feed(self, x: mx.array) -> mx.array:
-        """The feed-forward half: ``(B, L, D)`` to ``(B, L, D)``."""
-        return self.feed_forward(self.ffn_norm(x), x)
+    def feed_step(self, x: mx.array, mixed: mx.array, following: Norm) -> tuple[mx.array, mx.array]:
+        """The second half for one token a row, all arrays ``(B, 1, 1, D)``: what a call returns.
 
-    def feed_step(self, x: mx.array) -> mx.array:
-        """`feed` of one token a row: ``(B, 1, 1, D)`` to ``(B, 1, 1, D)``."""
-        return self.feed_forward.step(self.ffn_norm(x), x)
+        Args:
+            x: the layer's input.
+            mixed: the operator's output.
+            following: the norm behind this layer.
+        """
+        summed, normed = self._add(x, mixed)
+        return self.feed_forward.step(normed, summed, following)
+
+    def _add(self, x: mx.array, mixed: mx.array) -> tuple[mx.array, mx.array]:
+        return add_norm(x, mixed, self.ffn_norm.weight, self.ffn_norm.eps)

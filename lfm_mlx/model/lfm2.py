@@ -89,11 +89,16 @@ class Model(Module):
             raise OptionError(f"tokens has {B} rows, but the state has {state.batch_size}")
         span = state.begin(L, lengths) if state is not None else Span.make((0,) * B, L, lengths)
         x = self.embed_tokens(tokens).astype(self.dtype)
+        normed = self.layers[0].operator_norm(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, state.layers[i] if state is not None else None, span)
+            x, normed = layer(x, normed, state.layers[i] if state is not None else None, span, self.norm_behind(i))
         if state is not None:
             state.advance(span)
-        return self.embedding_norm(x)
+        return normed
+
+    def norm_behind(self, layer: int) -> Norm:
+        """The norm that takes the output of layer `layer`: the next layer's first, or the one before the head."""
+        return self.layers[layer + 1].operator_norm if layer + 1 < len(self.layers) else self.embedding_norm
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits ``(..., V)`` of normalised hidden states ``(..., D)``."""

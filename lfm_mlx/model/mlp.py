@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.kernels import silu_multiply
+from lfm_mlx.kernels import add_norm, silu_multiply
 from lfm_mlx.model.linear import AnyLinear, equal_parts
+from lfm_mlx.model.norm import Norm
 
 
 class MLP(Module):
@@ -17,10 +18,11 @@ class MLP(Module):
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Map ``(..., D)`` and add it to `residual` of the same shape."""
-        return residual + self.down_proj(silu_multiply(*equal_parts(self.gate_up_proj(x), 2)))
+    def __call__(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+        """Map `x` ``(..., D)`` and add it to `residual` of the same shape: the sum, and `norm` of the sum."""
+        update = self.down_proj(silu_multiply(*equal_parts(self.gate_up_proj(x), 2)))
+        return add_norm(residual, update, norm.weight, norm.eps)
 
-    def step(self, x: mx.array, residual: mx.array) -> mx.array:
+    def step(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
         """As a call."""
-        return self(x, residual)
+        return self(x, residual, norm)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.kernels import combine_experts, rank_experts, silu_multiply
+from lfm_mlx.kernels import Routing, combine_norm, route, silu_multiply
 from lfm_mlx.model.linear import AnyExpertLinear, AnyLinear, equal_parts
+from lfm_mlx.model.norm import Norm
 
 SORTED_FROM_TOKENS = 32
 """From this many tokens a call, tokens are sorted by expert: below, each (token, expert) pair is a matvec anyway."""
@@ -49,45 +49,39 @@ class MoE(Module):
         self.normalize_weights = normalize_weights
         self.scaling_factor = scaling_factor
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Map ``(B, L, D)`` and add it to `residual` ``(B, L, D)``."""
+    def __call__(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+        """Map `x` ``(B, L, D)`` and add it to `residual` ``(B, L, D)``: the sum, and `norm` of the sum."""
         D = x.shape[-1]
         tokens = x.reshape(-1, D)  # (T, D)
         if tokens.shape[0] < SORTED_FROM_TOKENS:
-            return self.step(tokens[:, None, None], residual.reshape(-1, 1, 1, D)).reshape(residual.shape)
-        experts, logits = self.route(tokens)
-        outputs = self._sorted(tokens, experts)  # (T, A D)
-        combined = self._combine(residual.reshape(-1, D), self._parts(outputs), logits)
-        return combined.reshape(residual.shape)
+            summed, normed = self.step(tokens[:, None, None], residual.reshape(-1, 1, 1, D), norm)
+        else:
+            routing = self.route(tokens)
+            outputs = self._sorted(tokens, routing.experts)  # (T, A D)
+            summed, normed = self._combine(residual.reshape(-1, D), outputs, routing, norm)
+        return summed.reshape(residual.shape), normed.reshape(residual.shape)
 
-    def step(self, x: mx.array, residual: mx.array) -> mx.array:
+    def step(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
         """As a call, for a few tokens ``(T, 1, 1, D)``: a shape in which nothing has to be reshaped on the way."""
-        experts, logits = self.route(x)  # (T, 1, 1, A)
+        routing = self.route(x)  # (T, 1, 1, A)
         T, A = x.shape[0], self.num_active
-        chosen = experts.reshape(T, A)
+        chosen = routing.experts.reshape(T, A)
         once, paired = pair_rows(T, A)
         hidden = self._gated(self.gate_up_proj(x, chosen, once))  # (T, A, 1, F)
         outputs = self.down_proj(hidden, chosen, paired)  # (T, A, 1, D)
-        return self._combine(residual, [outputs[:, i : i + 1] for i in range(A)], logits)
+        return self._combine(residual, outputs, routing, norm)
 
-    def _combine(self, residual: mx.array, outputs: Sequence[mx.array], logits: mx.array) -> mx.array:
-        return combine_experts(residual, outputs, self._parts(logits), self.scaling_factor, self.normalize_weights)
+    def _combine(
+        self, residual: mx.array, outputs: mx.array, routing: Routing, norm: Norm
+    ) -> tuple[mx.array, mx.array]:
+        return combine_norm(
+            residual, outputs, routing, self.scaling_factor, self.normalize_weights, norm.weight, norm.eps
+        )
 
-    def _parts(self, x: mx.array) -> Sequence[mx.array]:
-        """The A parts of the last axis."""
-        return equal_parts(x, self.num_active)
-
-    def route(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """Choose experts for tokens ``(..., D)``.
-
-        Returns:
-            Expert ids, uint32 ``(..., A)`` in no particular order, and the router's logits for them ``(..., A)``: an
-            expert's weight is the sigmoid of its logit, and the bias has no part in it.
-        """
-        logits = self.gate(tokens)
-        ranked = rank_experts(logits, self.expert_bias if "expert_bias" in self else None)
-        experts = mx.argpartition(ranked, kth=-self.num_active, axis=-1)[..., -self.num_active :]
-        return experts, mx.take_along_axis(logits, experts, axis=-1)
+    def route(self, tokens: mx.array) -> Routing:
+        """Choose experts for tokens ``(..., D)``: the bias helps choose them and never weighs."""
+        bias = self.expert_bias if "expert_bias" in self else None
+        return route(self.gate(tokens), bias, self.num_active, self.scaling_factor, self.normalize_weights)
 
     def _sorted(self, tokens: mx.array, experts: mx.array) -> mx.array:
         """Experts' outputs ``(T, A D)``, tokens of the same expert side by side so that its matrix is read once."""

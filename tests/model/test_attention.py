@@ -131,10 +131,10 @@ def test_a_token_never_changes_what_came_before_it(case):
 @pytest.mark.parametrize("offsets", [4, [4, 7]], ids=["even", "uneven"])
 def test_one_token_a_row_in_the_shape_of_a_step_gives_what_a_call_of_one_token_gives(case, offsets):
     x, offsets = mx.array(hidden(case)[:, :1]), mx.array(offsets)
-    called, stepped = case.layer.project(x, offsets), case.layer.project_one(x[:, :, None], offsets)
+    called, stepped = case.layer.project(x, offsets), case.layer.project(x[:, :, None], offsets)
     for found, expected in zip(stepped, called, strict=True):
         assert relative_error(found, expected) < TOLERANCE
-    elsewhere = case.layer.project_one(x[:, :, None], offsets + 1)
+    elsewhere = case.layer.project(x[:, :, None], offsets + 1)
     assert all(relative_error(found, expected) > 1e-3 for found, expected in zip(elsewhere[:2], called, strict=False))
     merged = case.layer.merge_one(stepped[0])
     assert merged.shape == (2, 1, 1, case.config.hidden_size)

@@ -19,7 +19,8 @@ from random_models import relative_error
 from lfm_mlx.build import build_model
 from lfm_mlx.cache import Span
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.model import Model, MoE
+from lfm_mlx.kernels import Routing
+from lfm_mlx.model import Model, MoE, Norm
 
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in FOLDER.iterdir() if (path / "expected.safetensors").exists())
@@ -62,8 +63,9 @@ def hidden_states(model: Model, tokens: mx.array) -> list[mx.array]:
     """Hidden states after each layer."""
     span = Span.make((0,) * tokens.shape[0], tokens.shape[1])
     x, states = model.embed_tokens(tokens), []
-    for layer in model.layers:
-        x = layer(x, None, span)
+    normed = model.layers[0].operator_norm(x)
+    for i, layer in enumerate(model.layers):
+        x, normed = layer(x, normed, None, span, model.norm_behind(i))
         states.append(x)
     return states
 
@@ -101,24 +103,26 @@ def test_greedy_tokens_through_a_state_equal_those_of_transformers(name):
 @pytest.mark.parametrize("name", MOE_NAMES)
 def test_router_choices_and_weights_equal_those_of_transformers(name, monkeypatch):
     model, expected = load(name)
-    for layer, (experts, logits) in routed(model, expected["tokens"], monkeypatch).items():
+    for layer, routing in routed(model, expected["tokens"], monkeypatch).items():
         clear = np.array(expected[f"margins.{layer}"]) >= TIE
         assert clear.mean() > 0.95
         wanted = by_expert(expected[f"experts.{layer}"], expected[f"weights.{layer}"], model)[clear]
-        found = by_expert(experts, weights_of(logits, model), model)[clear]
+        found = by_expert(routing.experts, weights_of(routing, model), model)[clear]
         np.testing.assert_array_equal(found > 0, wanted > 0)
         assert relative_error(found, wanted) < TOLERANCE
 
 
-def weights_of(logits: mx.array, model: Model) -> mx.array:
-    """Expert weights (T, A) of the router's logits."""
-    weights = mx.sigmoid(logits)
+def weights_of(routing: Routing, model: Model) -> mx.array:
+    """Expert weights (T, A)."""
+    if routing.is_weighed:
+        return routing.scores
+    weights = mx.sigmoid(routing.scores)
     if model.config.normalize_expert_weights:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-6)
     return weights * model.config.routed_scaling_factor
 
 
-def routed(model: Model, tokens: mx.array, monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[mx.array, mx.array]]:
+def routed(model: Model, tokens: mx.array, monkeypatch: pytest.MonkeyPatch) -> dict[int, Routing]:
     """What each MoE layer's router chose, by layer."""
     route, choices = MoE.route, {}
     layer_of = {id(layer.feed_forward): i for i, layer in enumerate(model.layers)}
@@ -225,17 +229,18 @@ def no_bias(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
     return mx.sigmoid(logits), mx.sigmoid(logits)
 
 
-def plain_moe(policy: Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]) -> Callable[..., mx.array]:
+def plain_moe(policy: Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]) -> Callable[..., Any]:
     """A mixture of experts that asks every expert, with `policy` giving what experts are ranked and weighed by."""
 
-    def call(self: MoE, x: mx.array, residual: mx.array) -> mx.array:
+    def call(self: MoE, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
         ranked, scores = policy(self.gate(x), self.expert_bias)  # (B, L, E)
         last_chosen = mx.sort(ranked, axis=-1)[..., -self.num_active, None]
         weights = mx.where(ranked >= last_chosen, scores, 0)
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-6)
         gate, up = mx.split(mx.einsum("bld,efd->blef", x, self.gate_up_proj.weight), 2, axis=-1)
         outputs = mx.einsum("blef,edf->bled", gate * mx.sigmoid(gate) * up, self.down_proj.weight)
-        return residual + (weights[..., None] * outputs).sum(axis=2)
+        summed = residual + (weights[..., None] * outputs).sum(axis=2)
+        return summed, norm(summed)
 
     return call
 

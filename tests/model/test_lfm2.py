@@ -13,7 +13,14 @@ import lfm_mlx
 from lfm_mlx.errors import OptionError
 
 PACKAGE = Path(lfm_mlx.__file__).parent
-FORWARD = sorted(path for room in ("model", "cache", "sampling", "kernels") for path in (PACKAGE / room).glob("*.py"))
+TRIALS = PACKAGE / "kernels" / "verdict.py"
+"""Tries kernels out before their first use, and has to wait for the results."""
+FORWARD = sorted(
+    path
+    for room in ("model", "cache", "sampling", "kernels")
+    for path in (PACKAGE / room).glob("*.py")
+    if path != TRIALS
+)
 
 WAITING = {"item", "tolist", "asarray"}
 """Methods that copy an array to the host and so wait for it."""

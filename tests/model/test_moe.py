@@ -8,11 +8,13 @@ import pytest
 from random_models import relative_error, tiny_config, tiny_model
 
 from lfm_mlx.config import Quantization
-from lfm_mlx.model import MoE
+from lfm_mlx.kernels import Routing
+from lfm_mlx.model import MoE, Norm
 from lfm_mlx.model.moe import SORTED_FROM_TOKENS, pair_rows
 
 TOLERANCE = 1e-5
 WIDTHS = {"hidden_size": 64, "moe_intermediate_size": 64}
+NORM = Norm(mx.ones((64,)), 1e-5)
 
 
 def quantised(path: str) -> Quantization | None:
@@ -35,15 +37,20 @@ def hidden(num_tokens: int, seed: int = 0) -> mx.array:
     return mx.array(values.astype(np.float32))
 
 
+def called(moe: MoE, x: mx.array, residual: mx.array) -> mx.array:
+    """The layer's output with the residual in it; the norm behind it is left out."""
+    return moe(x, residual, NORM)[0]
+
+
 def in_calls_of(moe: MoE, x: mx.array, size: int) -> mx.array:
     parts = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
-    return mx.concatenate([moe(part, part) for part in parts], axis=1)
+    return mx.concatenate([called(moe, part, part) for part in parts], axis=1)
 
 
 @pytest.mark.parametrize("num_tokens", [SORTED_FROM_TOKENS - 1, SORTED_FROM_TOKENS, SORTED_FROM_TOKENS + 1, 100])
 def test_tokens_sorted_by_expert_give_what_single_tokens_give(moe, num_tokens):
     x = hidden(num_tokens)
-    assert relative_error(moe(x, x), in_calls_of(moe, x, 1)) < TOLERANCE
+    assert relative_error(called(moe, x, x), in_calls_of(moe, x, 1)) < TOLERANCE
     assert relative_error(in_calls_of(moe, x, 7), in_calls_of(moe, x, 1)) < TOLERANCE
 
 
@@ -51,30 +58,32 @@ def paired_outputs(patch: pytest.MonkeyPatch, moe: MoE, x: mx.array, experts: mx
     """Experts' outputs (T, A D) as `step` has them before it weighs and adds them; x (T, D), experts (T, A)."""
     A = moe.num_active
     with patch.context() as during:
-        during.setattr(MoE, "route", lambda self, tokens: (experts[:, None, None], mx.zeros((*tokens.shape[:-1], A))))
-        during.setattr(MoE, "_combine", lambda self, residual, outputs, logits: mx.concatenate(outputs, axis=-1))
-        return moe.step(x[:, None, None], mx.zeros_like(x)[:, None, None]).reshape(x.shape[0], -1)
+        routing = Routing(experts[:, None, None], mx.zeros((x.shape[0], 1, 1, A)), False)
+        during.setattr(MoE, "route", lambda self, tokens: routing)
+        during.setattr(MoE, "_combine", lambda self, residual, outputs, routing, norm: outputs)
+        return moe.step(x[:, None, None], mx.zeros_like(x)[:, None, None], NORM).reshape(x.shape[0], -1)
 
 
 @pytest.mark.parametrize("num_tokens", [5, 50])
 def test_the_two_dispatches_give_the_same_experts_outputs(moe, monkeypatch, num_tokens):
     x = hidden(num_tokens)[0]
-    experts, _ = moe.route(x)
+    experts = moe.route(x).experts
     assert relative_error(moe._sorted(x, experts), paired_outputs(monkeypatch, moe, x, experts)) < TOLERANCE
 
 
 def test_control_experts_assigned_to_other_tokens_are_noticed(moe, monkeypatch):
     x = hidden(50)[0]
-    experts, _ = moe.route(x)
+    experts = moe.route(x).experts
     assert relative_error(moe._sorted(x, experts[::-1]), paired_outputs(monkeypatch, moe, x, experts)) > 0.1
 
 
 @pytest.mark.parametrize("num_tokens", [1, SORTED_FROM_TOKENS, 100])
 def test_a_step_of_any_number_of_tokens_gives_what_single_tokens_give(moe, num_tokens):
     x, residual = hidden(num_tokens), hidden(num_tokens, seed=1)
-    stepped = moe.step(x[0, :, None, None], residual[0, :, None, None])
-    assert stepped.shape == (num_tokens, 1, 1, 64)
-    expected = mx.concatenate([moe(x[:, i : i + 1], residual[:, i : i + 1]) for i in range(num_tokens)], axis=1)
+    stepped, normed = moe.step(x[0, :, None, None], residual[0, :, None, None], NORM)
+    assert stepped.shape == normed.shape == (num_tokens, 1, 1, 64)
+    assert relative_error(normed, NORM(stepped)) < TOLERANCE
+    expected = mx.concatenate([called(moe, x[:, i : i + 1], residual[:, i : i + 1]) for i in range(num_tokens)], axis=1)
     assert relative_error(stepped[:, 0, 0], expected[0]) < TOLERANCE
 
 
@@ -90,30 +99,30 @@ def test_many_tokens_may_choose_the_same_experts():
     moe = tiny_model(tiny_config(**WIDTHS)).layers[1].feed_forward
     moe.expert_bias = mx.array([9.0, 9.0, 9.0, 0, 0, 0, 0, 0])
     x = hidden(64)
-    experts, _ = moe.route(x[0])
+    experts = moe.route(x[0]).experts
     assert set(np.array(experts).flatten().tolist()) == {0, 1, 2}
-    assert relative_error(moe(x, x), in_calls_of(moe, x, 1)) < TOLERANCE
+    assert relative_error(called(moe, x, x), in_calls_of(moe, x, 1)) < TOLERANCE
 
 
 def test_the_router_bias_chooses_and_never_weighs():
     moe = tiny_model(tiny_config(**WIDTHS)).layers[1].feed_forward
     x = hidden(40)
-    before = np.array(moe(x, x))
+    before = np.array(called(moe, x, x))
     moe.expert_bias = moe.expert_bias + 5
-    np.testing.assert_allclose(np.array(moe(x, x)), before, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.array(called(moe, x, x)), before, rtol=1e-5, atol=1e-5)
     moe.expert_bias = moe.expert_bias[::-1] * mx.array([1.0, -1] * 4)
-    assert np.abs(np.array(moe(x, x)) - before).max() > 0.1
+    assert np.abs(np.array(called(moe, x, x)) - before).max() > 0.1
 
 
 def test_the_residual_is_added_once(moe):
     x, residual = hidden(6), hidden(6, seed=1)
-    assert relative_error(moe(x, residual) - residual, moe(x, mx.zeros_like(x))) < TOLERANCE
+    assert relative_error(called(moe, x, residual) - residual, called(moe, x, mx.zeros_like(x))) < TOLERANCE
 
 
 @pytest.mark.parametrize("num_active", [1, 8], ids=["one", "all"])
 def test_one_expert_or_all_of_them_may_be_active(num_active):
     moe = tiny_model(tiny_config(**WIDTHS, num_experts_per_tok=num_active)).layers[1].feed_forward
     x = hidden(40)
-    experts, _ = moe.route(x[0])
+    experts = moe.route(x[0]).experts
     assert experts.shape == (40, num_active)
-    assert relative_error(moe(x, x), in_calls_of(moe, x, 1)) < TOLERANCE
+    assert relative_error(called(moe, x, x), in_calls_of(moe, x, 1)) < TOLERANCE
