@@ -53,10 +53,11 @@ class Stepper:
     def __init__(self, model: Model, *, is_compiled: bool | None = None) -> None:
         self.model = model
         self.is_compiled = is_compiling() if is_compiled is None else is_compiled
-        cuts = [None, *model.config.attention_layers, None]
+        self._attention_layers = model.config.attention_layers
+        cuts = [None, *self._attention_layers, None]
         self._segments = [self._compiled(_segment(model, *cut)) for cut in itertools.pairwise(cuts)]
-        self._conv_layers = _layers_between(model.config.attention_layers, model.config.num_layers)
-        self._scales = [model.layers[layer].operator.scale for layer in model.config.attention_layers]
+        self._conv_layers = _layers_between(self._attention_layers, model.config.num_layers)
+        self._scales = [model.layers[layer].operator.scale for layer in self._attention_layers]
         self._sampling_ends: dict[Any, Callable[..., Any]] = {}
         self.lock = threading.RLock()
 
@@ -130,10 +131,9 @@ class Stepper:
             ContextLengthError: a row would outgrow the context.
         """
         x, attended, offsets = self._run_to_last(state, tokens)
-        last = len(self._segments) - 1
         logits: mx.array
-        logits, rows = self._segments[last](x, attended, offsets, self._rows(state, last))
-        self._remember(state, last, rows)
+        logits, rows = self._segments[-1](x, attended, offsets, self._last_rows(state))
+        self._remember_last(state, rows)
         return logits
 
     def decode_and_sample(
@@ -151,11 +151,10 @@ class Stepper:
         """
         x, attended, offsets = self._run_to_last(state, tokens)
         end = self._sampling_end(sampler)
-        last = len(self._segments) - 1
         logits, rows, ids, sampler_state = end(
-            x, attended, offsets, self._rows(state, last), tokens, sampler_state, sampler.parameters
+            x, attended, offsets, self._last_rows(state), tokens, sampler_state, sampler.parameters
         )
-        self._remember(state, last, rows)
+        self._remember_last(state, rows)
         return Sampled(ids=ids, sampler_state=sampler_state, logits=logits)
 
     def _run_to_last(self, state: State, tokens: mx.array) -> tuple[mx.array, mx.array | None, mx.array]:
@@ -164,26 +163,28 @@ class Stepper:
         offsets, layers = span.offsets, state.layers
         x: mx.array = tokens
         attended: mx.array | None = None
-        for i, layer in enumerate(self.model.config.attention_layers):
-            x, queries, keys, values, rows = self._segments[i](x, attended, offsets, self._rows(state, i))
-            self._remember(state, i, rows)
-            attended = layers[layer].attend(queries, keys, values, span, self._scales[i])  # type: ignore[union-attr]
+        stretches = zip(self._segments, self._attention_layers, self._conv_layers, self._scales, strict=False)
+        for segment, layer, conv_layers, scale in stretches:
+            seen = [layers[i].rows for i in conv_layers]  # type: ignore[union-attr]
+            x, queries, keys, values, rows = segment(x, attended, offsets, seen)
+            for i, latest in zip(conv_layers, rows, strict=True):
+                layers[i].rows = latest  # type: ignore[union-attr]
+            attended = layers[layer].attend(queries, keys, values, span, scale)  # type: ignore[union-attr]
         state.advance(span)
         return x, attended, offsets
 
-    def _rows(self, state: State, segment: int) -> Rows:
-        return [state.layers[layer].rows for layer in self._conv_layers[segment]]  # type: ignore[union-attr]
+    def _last_rows(self, state: State) -> Rows:
+        return [state.layers[layer].rows for layer in self._conv_layers[-1]]  # type: ignore[union-attr]
 
-    def _remember(self, state: State, segment: int, rows: Rows) -> None:
-        for layer, latest in zip(self._conv_layers[segment], rows, strict=True):
+    def _remember_last(self, state: State, rows: Rows) -> None:
+        for layer, latest in zip(self._conv_layers[-1], rows, strict=True):
             state.layers[layer].rows = latest  # type: ignore[union-attr]
 
     def _sampling_end(self, sampler: Sampler) -> Callable[..., Any]:
         """The last segment with sampling behind it; one for each set of features that samplers use."""
         features = sampler.features
         if features not in self._sampling_ends:
-            attention = self.model.config.attention_layers
-            last = _segment(self.model, attention[-1] if attention else None, None)
+            last = _segment(self.model, self._attention_layers[-1] if self._attention_layers else None, None)
 
             def end(
                 x: mx.array,

@@ -113,7 +113,7 @@ def time_building(sides: Sequence[Side], lengths: Sequence[int], repeats: int) -
     times: list[list[Taken]] = [[] for _ in sides]
     was_collecting = gc.isenabled()
     gc.disable()
-    with stand_ins() if backend() == "cpu" else contextlib.nullcontext():
+    with stand_ins(is_linked=False) if backend() == "cpu" else contextlib.nullcontext():
         try:
             for turn in range(WARM_UP + repeats):
                 for side, steps in zip(sides, times, strict=True):

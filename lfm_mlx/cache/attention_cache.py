@@ -62,11 +62,10 @@ class AttentionCache(ABC):
 
     def write_columns(self, new: Sequence[mx.array], span: Span) -> None:
         """Store arrays ``(B, G, L, width)``, one a buffer, at the span's positions."""
-        end = span.end
-        if end > self.arrays[0].shape[2]:
-            self.reserve(end)
+        if span.end > self.arrays[0].shape[2]:
+            self.reserve(span.end)
         if span.is_even:
-            place = (slice(None), slice(None), slice(span.starts[0], end))
+            place = span.place
             for buffer, columns in zip(self.arrays, new, strict=True):
                 buffer[place] = columns
             return

@@ -18,6 +18,7 @@ class KVCache(AttentionCache):
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         super().__init__((keys, values))
         self._is_on_cpu = mx.default_device().type == mx.cpu
+        self._head_dim = keys.shape[-1]
 
     @classmethod
     def empty(cls, batch_size: int, num_kv_heads: int, head_dim: int, dtype: mx.Dtype) -> KVCache:
@@ -38,11 +39,13 @@ class KVCache(AttentionCache):
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, span: Span, scale: float) -> mx.array:
         """As `AttentionCache.attend`."""
         self.write_columns((keys, values), span)
-        if self._is_on_cpu and _num_scores(queries, span) * 4 > SCORE_BYTES:
+        if self._is_on_cpu and queries.size * span.end * 4 > SCORE_BYTES * self._head_dim:
             return self._attend_in_chunks(queries, keys.shape[1], span, scale)
-        end = span.end
-        seen_keys, seen_values = (buffer[:, :, :end] for buffer in self.arrays)
-        return mx.fast.scaled_dot_product_attention(queries, seen_keys, seen_values, scale=scale, mask=span.mask)
+        all_keys, all_values = self.arrays
+        seen = span.seen
+        return mx.fast.scaled_dot_product_attention(
+            queries, all_keys[seen], all_values[seen], scale=scale, mask=span.mask
+        )
 
     def _attend_in_chunks(self, queries: mx.array, num_kv_heads: int, span: Span, scale: float) -> mx.array:
         """MLX's CPU backend has no fused attention: it would hold all scores at once."""
@@ -62,8 +65,3 @@ class KVCache(AttentionCache):
 
     def _columns(self, which: int, start: int, stop: int) -> mx.array:
         return self.arrays[which][:, :, start:stop].astype(mx.float32)
-
-
-def _num_scores(queries: mx.array, span: Span) -> int:
-    B, H, L, _ = queries.shape
-    return B * H * L * span.end

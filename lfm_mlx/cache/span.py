@@ -63,6 +63,16 @@ class Span:
         """One past the last position that any row writes, padding included."""
         return max(self.starts) + self.num_tokens
 
+    @cached_property
+    def place(self) -> tuple[slice, slice, slice]:
+        """The index of the new tokens in buffers ``(B, G, capacity, width)``, for even rows."""
+        return slice(None), slice(None), slice(self.starts[0], self.end)
+
+    @cached_property
+    def seen(self) -> tuple[slice, slice, slice]:
+        """The index of all tokens up to the new ones in buffers ``(B, G, capacity, width)``."""
+        return slice(None), slice(None), slice(0, self.end)
+
     @property
     def ends(self) -> tuple[int, ...]:
         """Length of each row after this call."""
