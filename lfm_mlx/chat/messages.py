@@ -130,8 +130,7 @@ def known_strings() -> list[str]:
 
 def special_strings(tokenizer: Tokenizer) -> frozenset[str]:
     """The strings that `tokenizer.encode` makes control tokens of."""
-    ids = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)]
-    texts = (tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids)
+    texts = (tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.special_ids)
     return frozenset(
         text for text in (*texts, *known_strings()) if len(text) > 1 and tokenizer.token_id(text) is not None
     )

@@ -50,9 +50,7 @@ class GrammarTokenizer:
         ids = range(tokenizer.vocab_size)
         named = [tokenizer.token_id(text) for text in _CONTROL_TOKENS]
         control = {token_id for token_id in named if token_id is not None}
-        self.special_ids: frozenset[int] = (
-            frozenset(control) | self.stop_ids | {token_id for token_id in ids if tokenizer.is_special(token_id)}
-        )
+        self.special_ids: frozenset[int] = frozenset(control) | self.stop_ids | tokenizer.special_ids
         self.token_bytes = [tokenizer.token_bytes(token_id) for token_id in ids]
         self.token_bytes += [b""] * (self.vocab_size - len(self.token_bytes))
         source = _TokenizerSource(tokenizer, self.token_bytes, self.special_ids)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lfm_mlx.constrain.integer_range import integer_range
-from lfm_mlx.constrain.lark_rules import LarkRules, either, pattern, quoted
+from lfm_mlx.constrain.lark_rules import LarkRules, either, glued, pattern, quoted
 from lfm_mlx.constrain.schema_check import (
     ANNOTATIONS,
     JSON_TYPES,
@@ -28,9 +28,11 @@ from lfm_mlx.constrain.schema_check import (
 from lfm_mlx.errors import OptionError
 
 Form = Literal["pythonic", "json"]
+Member = tuple[str, bool]
+"""The body of a key with its value, and whether it must be there."""
 
 COMMA, COLON = "COMMA", "COLON"
-SEPARATORS = f"{COMMA}: {pattern(', ?')}\n{COLON}: {pattern(': ?')}"
+SEPARATORS = f"{COMMA}:{pattern(', ?')}\n{COLON}:{pattern(': ?')}"
 """The lines that go with every grammar written here; names are read faster than the expressions again and again."""
 
 _JSON_OPTIONS = {
@@ -47,6 +49,10 @@ _WORDS = {True: "True", False: "False", None: "None"}
 _NOT_ASKED = ANNOTATIONS | {"$defs", "definitions"}
 _STRING_KEYS = {"minLength", "maxLength"}
 _ARRAY_KEYS = {"items", "prefixItems", "minItems", "maxItems"}
+# Longer lists have rules of their own: each repeat within a terminal would be another state of the lexer.
+_MAX_REPEATS = 8
+# What is short is cheaper written twice than as a rule.
+_SHARED_FOLLOWERS = 3
 _OBJECT_KEYS = {"properties", "required", "additionalProperties", "minProperties", "maxProperties"}
 _SHAPE_KEYS = {"anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
 _KEYS_BY_TYPE = {
@@ -68,13 +74,15 @@ class LiteralGrammar:
         root: what references in it start from.
         form: the spelling.
         name: what errors call the root.
+        has_references: as of `root`.
     """
 
-    def __init__(self, rules: LarkRules, root: Schema, form: Form, name: str) -> None:
+    def __init__(self, rules: LarkRules, root: Schema, form: Form, name: str, *, has_references: bool) -> None:
         self._rules = rules
         self._root = root
         self._form = form
         self._name = name
+        self._has_references = has_references
         self._references: dict[tuple[str, bool], str] = {}
 
     def value(self, schema: Schema, *, is_inner: bool = True) -> str:
@@ -87,18 +95,18 @@ class LiteralGrammar:
         if schema is False:
             raise OptionError(f"{self._name}: a value's schema is false, which allows none; remove the parameter")
         schema = {} if schema is True else schema
-        asked = {key: value for key, value in schema.items() if not _is_annotation(key)}
-        kind = asked.get("type")
-        if len(asked) != 1 or not isinstance(kind, str):
+        asked = {key: value for key, value in schema.items() if key not in _NOT_ASKED}
+        if self._has_references:
             return self._asked(schema, asked, is_inner)
-        # Most schemas are a bare type, and the same few in every tool.
-        key = (kind, self._form, is_inner)
+        # The same few schemas stand in every tool.
+        key = (repr(asked), is_inner)
         name = self._rules.written.get(key)
         if name is None:
             name = self._rules.written[key] = self._asked(schema, asked, is_inner)
         return name
 
     def _asked(self, schema: Mapping[str, Any], asked: Mapping[str, Any], is_inner: bool) -> str:
+        asked = {key: value for key, value in asked.items() if not key.startswith("x-")}
         shape = _SHAPE_KEYS & asked.keys()
         if not asked:
             return self._anything(is_inner)
@@ -131,7 +139,7 @@ class LiteralGrammar:
 
     def _anything(self, is_inner: bool) -> str:
         """Any value: a rule that comes back to itself within containers."""
-        key = ("", self._form, is_inner)
+        key = ("", is_inner)
         if key not in self._rules.written:
             name = self._rules.written[key] = self._rules.reserve()
             self._rules.define(name, either(self._typed({}, is_inner)))
@@ -198,17 +206,19 @@ class LiteralGrammar:
         if high is not None and low > high:
             raise OptionError(f"{self._name}: minItems is {low} and at most {high} items are possible; no array fits")
         if high == 0:
-            return self._rules.rule('"[" "]"')
+            return self._rules.rule('"[]"')
+        if max(low, high or 0) > _MAX_REPEATS:
+            self._rules.leave_regular()
         # The first item has no comma before it, so it is spelled out even where there is no prefix.
         heads = [*(prefix or [items])][:high]
         body = ""
         if high is None or high > len(heads):
-            limit = "" if high is None else high - len(heads)
-            body = f"({COMMA} {self.value(items)}){{{max(low - len(heads), 0)},{limit}}}"
+            limit = None if high is None else high - len(heads)
+            body = f"({COMMA} {self.value(items)}){_repeats(max(low - len(heads), 0), limit)}"
         for index in reversed(range(len(heads))):
-            body = f"{COMMA if index else ''} {self.value(heads[index])} {body}"
+            body = glued(glued(COMMA if index else "", self.value(heads[index])), body)
             body = body if index < low else f"({body})?"
-        return self._rules.rule(f'"[" {body} "]"')
+        return self._rules.rule(f'"["{body}"]"')
 
     def _is_plain_object(self, own: Mapping[str, Any]) -> bool:
         """Whether every property is named, or every one is free: where both mix, llguidance keeps the keys apart."""
@@ -224,35 +234,36 @@ class LiteralGrammar:
         return True
 
     def _object(self, own: Mapping[str, Any]) -> str:
-        members = property_schemas(own)
-        if not members:
-            return self._map(own)
+        members = self.members(own)
+        return self._rules.rule(sequence(self._rules, '"{"', members, '"}"')) if members else self._map(own)
+
+    def members(self, own: Mapping[str, Any]) -> list[Member]:
+        """The named properties of an object in order."""
         required = set(own.get("required", ()))
-        pairs = [
-            (f"{self._key(key)} {self.value(schema)}", key in required)
-            for key, schema in members.items()
+        return [
+            (glued(self._key(key), self.value(schema)), key in required)
+            for key, schema in property_schemas(own).items()
             if schema is not False or key in required
         ]
-        return self._rules.rule(f'"{{" {sequence(self._rules, pairs)} "}}"')
 
     def _map(self, own: Mapping[str, Any]) -> str:
         """An object with free keys."""
         extra: Schema = own.get("additionalProperties", True)
         low, high = int(own.get("minProperties", 0)), own.get("maxProperties")
         if extra is False or high == 0:
-            return self._rules.rule('"{" "}"')
+            return self._rules.rule('"{}"')
+        if max(low, high or 0) > _MAX_REPEATS:
+            self._rules.leave_regular()
         free_key = pattern("|".join(f"{quote}{_PLAIN[quote]}*{quote}" for quote in self._quotes))
         pair = self._rules.rule(f"{self._rules.terminal(f'{free_key} {COLON}')} {self.value(extra)}")
-        limit = "" if high is None else str(int(high) - 1)
-        body = f"{pair} ({COMMA} {pair}){{{max(low - 1, 0)},{limit}}}"
-        return self._rules.rule(f'"{{" {body} "}}"' if low else f'"{{" ({body})? "}}"')
+        body = pair
+        if high != 1:
+            body += f"({COMMA} {pair}){_repeats(max(low - 1, 0), None if high is None else int(high) - 1)}"
+        return self._rules.rule(f'"{{"{body}"}}"' if low else f'"{{"({body})?"}}"')
 
     def _key(self, key: str) -> str:
-        name = self._rules.written.get(("key", key, self._form))
-        if name is None:
-            name = self._rules.terminal(f"{either(map(quoted, self._spellings(key)))} {COLON}")
-            self._rules.written["key", key, self._form] = name
-        return name
+        body = f"{either(map(quoted, self._spellings(key)))}{COLON}"
+        return body if self._rules.is_regular else self._rules.terminal(body)
 
     def _spellings(self, text: str) -> list[str]:
         return [spell_string(text, quote) for quote in self._quotes]
@@ -275,13 +286,14 @@ class LiteralGrammar:
 
     def _container(self, value: Any) -> str:
         if isinstance(value, Mapping):
-            pairs = [(f"{self._key(key)} {self.value({'const': inner})}", True) for key, inner in value.items()]
-            return self._rules.rule(f'"{{" {sequence(self._rules, pairs)} "}}"')
+            pairs = [(glued(self._key(key), self.value({"const": inner})), True) for key, inner in value.items()]
+            return self._rules.rule(sequence(self._rules, '"{"', pairs, '"}"'))
         pairs = [(self.value({"const": inner}), True) for inner in value]
-        return self._rules.rule(f'"[" {sequence(self._rules, pairs)} "]"')
+        return self._rules.rule(sequence(self._rules, '"["', pairs, '"]"'))
 
     def _delegate(self, schema: Mapping[str, Any], is_inner: bool) -> str:
         """Let llguidance write the schema, in JSON's spelling."""
+        self._rules.leave_regular()
         root = self._root if isinstance(self._root, Mapping) else {}
         asked = {key: value for key, value in schema.items() if not _is_annotation(key)}
         whole: dict[str, Any] = {**{key: root[key] for key in ("$defs", "definitions") if key in root}, **asked}
@@ -336,30 +348,50 @@ def property_schemas(own: Mapping[str, Any]) -> dict[str, Schema]:
     }
 
 
-def sequence(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> str:
-    """The body for members in this order, separated by commas; a member is a body and whether it must be there."""
+def sequence(rules: LarkRules, head: str, members: Sequence[Member], tail: str) -> str:
+    """The body for members in this order, separated by commas, between `head` and `tail`."""
     first = next((index for index, (_, is_required) in enumerate(members) if is_required), None)
     if first is None:
-        return f"({either(_openings(rules, members))})?" if members else ""
-    body = f"{members[first][0]} {_followers(rules, members[first + 1 :])}"
+        opening = f"({either(_openings(rules, members))})?" if members else ""
+        return joined(rules, head, opening, tail)
+    body = members[first][0]
+    for text, is_required in members[first + 1 :]:
+        body = glued(body, _after_comma(rules, text) + ("" if is_required else "?"))
     for text, _ in reversed(members[:first]):
         # What stands before the first required member brings its own comma.
-        body = f"({text} {COMMA})? {body}"
-    return body
+        body = f"({glued(text, COMMA)})?{body}"
+    return joined(rules, head, body, tail)
 
 
-def _followers(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> str:
-    return " ".join(f"{rules.rule(f'{COMMA} {text}')}{'' if is_required else '?'}" for text, is_required in members)
+def joined(rules: LarkRules, head: str, body: str, tail: str) -> str:
+    """Three bodies glued; within terminals, strings side by side become one."""
+    if not rules.is_regular:
+        return glued(glued(head, body), tail)
+    text = head[:-1] + body[1:] if head[-1:] == body[:1] == '"' else glued(head, body)
+    return text[:-1] + tail[1:] if text[-1:] == tail[:1] == '"' else glued(text, tail)
 
 
-def _openings(rules: LarkRules, members: Sequence[tuple[str, bool]]) -> list[str]:
+def _after_comma(rules: LarkRules, text: str) -> str:
+    return rules.rule(glued(COMMA, text))
+
+
+def _openings(rules: LarkRules, members: Sequence[Member]) -> list[str]:
     """Each way to begin where all members are optional; the ends are shared."""
-    bodies = []
+    bodies: list[str] = []
     rest = ""
     for text, _ in reversed(members):
-        bodies.append(f"{text} {rest}")
-        rest = rules.rule(f"{rules.rule(f'{COMMA} {text}')}? {rest}")
+        bodies.append(glued(text, rest))
+        rest = glued(f"{_after_comma(rules, text)}?", rest)
+        if len(bodies) % _SHARED_FOLLOWERS == 0:
+            rest = rules.rule(rest)
     return bodies[::-1]
+
+
+def _repeats(low: int, high: int | None) -> str:
+    """The sign for that many repeats."""
+    if low == 0 and high in (None, 1):
+        return "*" if high is None else "?"
+    return f"{{{low},{'' if high is None else high}}}"
 
 
 def spell_string(text: str, quote: str) -> str:

@@ -56,11 +56,16 @@ def check_schema(schema: object, name: str = "schema") -> None:
         schema: a JSON schema, draft 2020-12; older drafts where they mean the same.
         name: what the error calls it; keyword places follow as a JSON pointer, as in `schema#/properties/a/not`.
     """
-    _check_is_json(schema, name)
+    json_text(schema, name)
+    check_keywords(schema, name)
+
+
+def check_keywords(schema: object, name: str = "schema") -> None:
+    """`check_schema` for what is known to be JSON."""
     for pointer, subschema in subschemas(schema, name):
         if _is_bare_type(subschema):
             continue
-        _check_keywords(subschema, f"{name}#{pointer}")
+        _check_values(subschema, f"{name}#{pointer}")
         _check_reference(subschema, schema, f"{name}#{pointer}")
 
 
@@ -135,14 +140,19 @@ def resolve(reference: str, root: object) -> object:
     return current
 
 
-def _check_is_json(schema: object, name: str) -> None:
+def json_text(schema: object, name: str = "schema") -> str:
+    """`schema` as JSON.
+
+    Raises:
+        OptionError: it holds what JSON has no form for.
+    """
     try:
-        _TO_JSON.encode(schema)
+        return _TO_JSON.encode(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{name} is not JSON: {error}; give what json.loads returns") from error
 
 
-def _check_keywords(schema: object, place: str) -> None:
+def _check_values(schema: object, place: str) -> None:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):

@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lfm_mlx.constrain.lark_rules import LarkRules, either, quoted
+from lfm_mlx.constrain.lark_rules import Irregular, LarkRules, either, quoted
 from lfm_mlx.constrain.literal_grammar import (
     COMMA,
     SEPARATORS,
     Form,
     LiteralGrammar,
+    Member,
     property_schemas,
     sequence,
     spell_string,
 )
-from lfm_mlx.constrain.schema_check import ANNOTATIONS, check_schema, resolve
+from lfm_mlx.constrain.schema_check import ANNOTATIONS, check_keywords, json_text, resolve
 from lfm_mlx.errors import OptionError
 from lfm_mlx.types import Tool
 
@@ -27,6 +28,7 @@ _PARAMETER_NAME = re.compile(r"[^\W\d]\w*")
 _PARAMETER_KEYS = frozenset(
     ("type", "properties", "required", "additionalProperties", "minProperties", "maxProperties", "$defs", "definitions")
 )
+_KNOWN_KEYS = _PARAMETER_KEYS | ANNOTATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,56 +69,124 @@ def calls_grammar(tools: Sequence[ToolDeclaration], *, form: Form, is_parallel: 
     Raises:
         OptionError: a schema asks for what cannot be enforced.
     """
-    rules = LarkRules()
-    write = _pythonic_call if form == "pythonic" else _json_call
-    call = rules.rule(either(rules.rule(write(rules, tool)) for tool in tools))
+    writer = _CallWriter(form)
+    bodies = writer.bodies(tools)
+    rules = writer.rules
+    regular = [body for body, is_regular in bodies if is_regular]
+    names = [rules.terminal(either(regular))] if regular else []
+    rules.is_regular = False
+    call = rules.rule(either([*names, *(rules.rule(body) for body, is_regular in bodies if not is_regular)]))
     more = f"({COMMA} {call})*" if is_parallel else ""
-    calls = rules.text("calls", f'"[" {call} {more} "]"')
+    calls = rules.text("calls", f'"["{call}{more}"]"')
     return f"{calls}\n{SEPARATORS}"
 
 
-def _pythonic_call(rules: LarkRules, tool: ToolDeclaration) -> str:
-    place = f"tool {tool.name!r}"
-    if not _FUNCTION_NAME.fullmatch(tool.name):
-        raise OptionError(f"{place}: the Pythonic form needs a name of letters, digits and _ . - / ; use form='json'")
-    literals, schema = _arguments(rules, tool, "pythonic")
-    required = set(schema.get("required", ()))
-    pairs = []
-    for name, value_schema in property_schemas(schema).items():
-        if not _PARAMETER_NAME.fullmatch(name):
-            raise OptionError(f"{place}: the parameter {name!r} cannot be written as name=value; use form='json'")
-        if value_schema is not False or name in required:
-            pairs.append((f"{quoted(name + '=')} {literals.value(value_schema, is_inner=False)}", name in required))
-    return f'{quoted(tool.name + "(")} {sequence(rules, pairs)} ")"'
+class _CallWriter:
+    """Writes calls; what was checked and written for one tool serves the others."""
+
+    def __init__(self, form: Form) -> None:
+        self.rules = LarkRules()
+        self._form = form
+        self._checked: set[str] = set()
+
+    def bodies(self, tools: Sequence[ToolDeclaration]) -> list[tuple[str, bool]]:
+        """The body of each tool's calls, and whether it is one for a terminal."""
+        try:
+            has_references = _mentions_references(json_text([tool.parameters for tool in tools]))
+        except OptionError:
+            for tool in tools:
+                json_text(tool.parameters, _place(tool))
+            raise
+        return [self._body(tool, has_references and _mentions_references(json_text(tool.parameters))) for tool in tools]
+
+    def _body(self, tool: ToolDeclaration, has_references: bool) -> tuple[str, bool]:
+        schema = self._checked_arguments(tool, has_references)
+        literals = LiteralGrammar(self.rules, tool.parameters, self._form, _place(tool), has_references=has_references)
+        self.rules.is_regular = True
+        try:
+            members = self._members(tool, literals, schema)
+        except Irregular:
+            self.rules.is_regular = False
+            members = self._members(tool, literals, schema)
+        return sequence(self.rules, self._head(tool), members, self._tail), self.rules.is_regular
+
+    def _head(self, tool: ToolDeclaration) -> str:
+        if self._form == "pythonic":
+            return f'"{tool.name}("'
+        # One piece, spaced as json.dumps does it: less to compile, more to fast-forward.
+        return quoted(f'{{"name": {spell_string(tool.name, chr(34))}, "arguments": {{')
+
+    @property
+    def _tail(self) -> str:
+        return '")"' if self._form == "pythonic" else '"}}"'
+
+    def _members(self, tool: ToolDeclaration, literals: LiteralGrammar, schema: Mapping[str, Any]) -> list[Member]:
+        if self._form == "json":
+            return literals.members(schema)
+        if not _FUNCTION_NAME.fullmatch(tool.name):
+            raise OptionError(
+                f"tool {tool.name!r}: the Pythonic form needs a name of letters, digits and _ . - / ; use form='json'"
+            )
+        required = schema.get("required", ())
+        members = []
+        for name, value_schema in property_schemas(schema).items():
+            if not _PARAMETER_NAME.fullmatch(name):
+                raise OptionError(
+                    f"tool {tool.name!r}: the parameter {name!r} cannot be written as name=value; use form='json'"
+                )
+            if value_schema is not False or name in required:
+                members.append((f'"{name}="{literals.value(value_schema, is_inner=False)}', name in required))
+        return members
+
+    def _checked_arguments(self, tool: ToolDeclaration, has_references: bool) -> Mapping[str, Any]:
+        """The object schema of a tool's arguments, references followed."""
+        schema: Any = tool.parameters
+        properties = schema.get("properties")
+        if has_references or not isinstance(properties, dict):
+            check_keywords(schema, _place(tool))
+        else:
+            check_keywords({**schema, "properties": self._new_properties(properties)}, _place(tool))
+        while isinstance(schema, Mapping) and "$ref" in schema:
+            schema = resolve(schema["$ref"], tool.parameters)
+        if not isinstance(schema, Mapping) or schema.get("type", "object") not in ("object", ["object"]):
+            raise OptionError(f"{_place(tool)} are not an object's schema, expected type 'object' with properties")
+        for key in schema:
+            if key not in _KNOWN_KEYS and not key.startswith("x-"):
+                raise OptionError(
+                    f"{_place(tool)}#/{key}: the keyword {key!r} is not supported here; say it within properties"
+                )
+        if "minProperties" in schema or "maxProperties" in schema:
+            _check_num_arguments(schema, _place(tool))
+        return schema
+
+    def _new_properties(self, properties: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that no tool before had; descriptions do not count."""
+        new = {}
+        for name, schema in properties.items():
+            if isinstance(schema, dict):
+                asked = repr({key: value for key, value in schema.items() if key not in ANNOTATIONS})
+                if asked in self._checked:
+                    continue
+                self._checked.add(asked)
+            new[name] = schema
+        return new
 
 
-def _json_call(rules: LarkRules, tool: ToolDeclaration) -> str:
-    literals, schema = _arguments(rules, tool, "json")
-    plain = {key: value for key, value in schema.items() if key in _PARAMETER_KEYS and "Properties" not in key}
-    arguments = literals.value({**plain, "type": "object", "additionalProperties": False})
-    # One piece, spaced as json.dumps does it: less to compile, more to fast-forward.
-    head = f'{{"name": {spell_string(tool.name, chr(34))}, "arguments": '
-    return f'{quoted(head)} {arguments} "}}"'
-
-
-def _arguments(rules: LarkRules, tool: ToolDeclaration, form: Form) -> tuple[LiteralGrammar, Mapping[str, Any]]:
-    """The writer of a tool's values, and the object schema of its arguments with references followed."""
-    place = f"tool {tool.name!r}: parameters"
-    check_schema(tool.parameters, place)
-    schema: Any = tool.parameters
-    while isinstance(schema, Mapping) and "$ref" in schema:
-        schema = resolve(schema["$ref"], tool.parameters)
-    if not isinstance(schema, Mapping) or schema.get("type", "object") not in ("object", ["object"]):
-        raise OptionError(f"{place} are not an object's schema, expected type 'object' with properties")
-    for key in schema:
-        if key not in _PARAMETER_KEYS and key not in ANNOTATIONS and not key.startswith("x-"):
-            raise OptionError(f"{place}#/{key}: the keyword {key!r} is not supported here; say it within properties")
+def _check_num_arguments(schema: Mapping[str, Any], place: str) -> None:
     count = len(property_schemas(schema))
     num_required = len(set(schema.get("required", ())))
     if schema.get("minProperties", 0) > num_required or schema.get("maxProperties", count) < count:
         key = "minProperties" if schema.get("minProperties", 0) > num_required else "maxProperties"
         raise OptionError(f"{place}#/{key}: the keyword {key!r} is not supported here; use required")
-    return LiteralGrammar(rules, tool.parameters, form, place), schema
+
+
+def _mentions_references(text: str) -> bool:
+    """Whether a schema may have or use definitions, by its JSON text."""
+    return "$ref" in text or "$defs" in text or "definitions" in text
+
+
+def _place(tool: ToolDeclaration) -> str:
+    return f"tool {tool.name!r}: parameters"
 
 
 def _read_tool(tool: Tool, place: str) -> ToolDeclaration:

@@ -39,7 +39,7 @@ class JsonVocabulary:
         # tokenizers never forgets that a token was special, though a later entry may say otherwise.
         special_texts |= _special_texts(self._backend)
         added = self._backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.content in special_texts)
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.content in special_texts)
         self.size = max(self._backend.get_vocab_size(), max(added, default=-1) + 1)
         self._decoder = _DecoderRule(path, self._backend)
         self.byte_errors: ByteErrors = self._decoder.byte_errors
@@ -61,7 +61,7 @@ class JsonVocabulary:
         return token_bytes.removeprefix(b" ") if self._decoder.strips_opening_space else token_bytes
 
     def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
+        return token_id in self.special_ids
 
     def adds_bos(self, bos_id: int, declared: bool | None) -> bool:
         # As in transformers, `"add_bos_token": false` does not switch the post-processor of tokenizer.json off.

@@ -34,14 +34,15 @@ class SentencePieceVocabulary:
         self.byte_errors: ByteErrors = "surrogateescape"
         controls = [i for i in range(self._piece_count) if self._at_start.is_control(i)]
         self._text_of_added: dict[int, str] = {i: self._at_start.id_to_piece(i) for i in controls}
-        self._special_ids = set(controls)
         self._id_of_added = {text: i for i, text in self._text_of_added.items()}
-        self._add_tokens(path, files)
+        self.special_ids = frozenset((*controls, *self._add_tokens(path, files)))
         self.size = max(self._piece_count, max(self._text_of_added, default=-1) + 1)
         longest_first = sorted(self._id_of_added, key=len, reverse=True)
         self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
-    def _add_tokens(self, path: Path, files: TokenizerFiles) -> None:
+    def _add_tokens(self, path: Path, files: TokenizerFiles) -> set[int]:
+        """Take in the declared tokens; returns the ids of those that are special."""
+        special_ids = set()
         for declared_id, token in (*files.declared_tokens, *files.named_tokens):
             if token.content in self._id_of_added and declared_id is None:
                 continue
@@ -54,7 +55,8 @@ class SentencePieceVocabulary:
             self._text_of_added[token_id] = token.content
             self._id_of_added[token.content] = token_id
             if token.special:
-                self._special_ids.add(token_id)
+                special_ids.add(token_id)
+        return special_ids
 
     def _id_for(self, token: str) -> int:
         """The id of a token whose file names none: its piece, or the next free id as transformers takes it."""
@@ -102,7 +104,7 @@ class SentencePieceVocabulary:
         return token_bytes
 
     def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
+        return token_id in self.special_ids
 
     def adds_bos(self, bos_id: int, declared: bool | None) -> bool:
         # The file itself says nothing; models of this kind (Llama's) begin with BOS unless the config forbids it.

@@ -153,6 +153,11 @@ class Tokenizer:
         """
         return self._vocabulary.token_bytes(token_id)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all control tokens."""
+        return self._vocabulary.special_ids
+
     def is_special(self, token_id: int) -> bool:
         """Whether the id is a control token such as `<|im_end|>`.
 
@@ -219,6 +224,7 @@ class _CheckedVocabulary:
         self.size = max(vocabulary.size, model_vocab_size)
         self.byte_errors: ByteErrors = vocabulary.byte_errors
         self.strips_all_opening_spaces = vocabulary.strips_all_opening_spaces
+        self.special_ids = vocabulary.special_ids
         self.encode = vocabulary.encode
         self.token_id = vocabulary.token_id
         self.adds_bos = vocabulary.adds_bos

@@ -34,8 +34,12 @@ class Vocabulary(Protocol):
     def opening_bytes(self, token_id: int) -> bytes:
         """The bytes of a token at the start of a text, where sentencepiece drops the space that it put there."""
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of control tokens, left out by `decode(..., skip_special=True)`."""
+
     def is_special(self, token_id: int) -> bool:
-        """Whether the id is a control token, left out by `decode(..., skip_special=True)`."""
+        """Whether the id is one of `special_ids`."""
 
     def adds_bos(self, bos_id: int, declared: bool | None) -> bool:
         """Whether raw text begins with `bos_id`; `declared` is tokenizer_config.json's `add_bos_token`."""
