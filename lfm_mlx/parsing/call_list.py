@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from lfm_mlx.parsing.item_reader import CALL_NAME, MAX_DEPTH, Break, Item, ItemReader, StepLimit
 from lfm_mlx.parsing.json_form import call_of_object
 from lfm_mlx.parsing.literals import Problem
-from lfm_mlx.parsing.quotes import NO_BORDER, Readings, may_be_expression, skip_brackets
+from lfm_mlx.parsing.quotes import AMBIGUOUS, NO_BORDER, Readings, may_be_expression, skip_brackets
 
 _NAME: Final = re.compile(rf"{CALL_NAME.pattern}(?=\s*\()")
 _COMMA: Final = re.compile(r"\s*(?:,\s*|\Z)")
@@ -95,6 +95,7 @@ class _CallList:
                 raise StepLimit
             end = self._read_one(at)
             if end < 0:
+                self._doubt_last(at)
                 self._read_rest(at)
                 break
             separator = self._separator.match(self._text, end, self._end)
@@ -132,6 +133,13 @@ class _CallList:
 
     def _is_border(self, at: int) -> bool:
         return self._separator.match(self._text, at, self._end) is not None
+
+    def _doubt_last(self, at: int) -> None:
+        """Where no call begins after a comma, the call before may have been meant to go on: its string closes early."""
+        last = self._calls[-1] if self._calls else None
+        is_item = _NAME.match(self._text, at, self._end) is not None or self._text[at] == "{"
+        if isinstance(last, ReadCall) and not is_item and any(q in self._text[last.start : last.end] for q in "'\""):
+            self._calls[-1] = UnreadCall(last.name, AMBIGUOUS, last.start, last.end)
 
     def _read_rest(self, at: int) -> None:
         """Read from where quotes or brackets are damaged: call by call if the brackets alone tell them apart."""

@@ -23,6 +23,7 @@ _CALL: Final = re.compile(rf"({CALL_NAME.pattern})\s*\(")
 _ARGUMENT: Final = re.compile(rf"({ARGUMENT_NAME.pattern})\s*=(?!=)")
 _WORD: Final = re.compile(r"[^\W\d]\w*(?:[.\-]\w+)*|\.\.\.|[0-9.][\w.]*")
 _STRING: Final = re.compile(r"([bB][rR]?|[rR][bBfF]?|[fFtT][rR]?|[uU]|)('''|\"\"\"|'|\")")
+_ESCAPED_QUOTE: Final = re.compile(r"(\\\\)|\\(['\"])")
 _CONSTANTS: Final[dict[str, Any]] = {
     "True": True,
     "False": False,
@@ -265,7 +266,10 @@ class ItemReader:
         if not string.prefix and "\\" not in body and body.isascii():
             return body
         is_json = string.state.frame.shape[1:2] in ("{", "d")
-        return string_value(string.prefix, body, is_triple=len(string.delimiter) == 3, is_json=is_json)
+        value = string_value(string.prefix, body, is_triple=len(string.delimiter) == 3, is_json=is_json)
+        if string.body in self._closers and isinstance(value, str) and value != _ESCAPED_QUOTE.sub(r"\1\2", body):
+            return Problem("ambiguous_escape", "a string holds escapes and unescaped quotes, escape all of them")
+        return value
 
     def _put(self, state: State, value: Any, at: int) -> State:
         """The state after a value."""

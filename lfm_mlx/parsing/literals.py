@@ -68,7 +68,7 @@ def string_value(prefix: str, body: str, *, is_triple: bool = False, is_json: bo
 
     Newlines and control characters inside quotes are kept as they are. A backslash that begins no escape is a
     backslash. A damaged escape (`\\Users`) is text as well, unless the same string holds escapes: then nobody can say
-    which of the two was meant.
+    which of the two was meant. The same goes for escapes beside a newline that is none.
 
     Args:
         prefix: the letters before the quote, such as "r".
@@ -140,8 +140,8 @@ def _unescape(body: str, is_triple: bool, is_json: bool) -> str | Problem:
         return Problem(
             "ambiguous_escape", "a string holds both escapes and damaged escapes, write \\\\ for a backslash"
         )
-    if num_joined and not is_triple and len(re.findall(r"\r\n|[\r\n]", body)) > num_joined:
-        return Problem("ambiguous_escape", "a string holds newlines both with and without a backslash before them")
+    if num_known and not is_triple and len(re.findall(r"\r\n|[\r\n]", body)) > num_joined:
+        return Problem("ambiguous_escape", "a string holds both escapes and newlines that are not escaped, write \\n")
     return value
 
 

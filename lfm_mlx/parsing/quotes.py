@@ -24,6 +24,8 @@ _QUOTES: Final = re.compile(r"'''|\"\"\"|'|\"")
 _PAIRS: Final = {")": "(", "]": "[", "}": "{"}
 _OPENED: Final = {"(": "(", "t": "(", "T": "(", "[": "[", "{": "{", "d": "{", "s": "{"}
 _FOLLOWER: Final = re.compile(r"\s*(?:[,)\]}:+\-*/%.<>\[&|]|[=!]=|(?:and|or|in|is|not|if|else|for)\b|\Z)")
+_CODE_FOLLOWER: Final = re.compile(rf"{_FOLLOWER.pattern}|\s*(?:[;#\n]|\))")
+_STRING_PREFIX: Final = re.compile(r"(?:\W|\A)[rRbBuUfF]{0,2}\Z")
 _ONLY_OPENED: Final = re.compile(r"[,(]\s*\w+\s*=\s*\Z")
 _BORDER: Final = re.compile(
     r"(?P<bracket>[\[\]{})]|(?<=[\w\])])\()"
@@ -90,7 +92,7 @@ class Readings:
             body = self._text[choice.body : choice.closer]
             if _ONLY_OPENED.search(body[-200:]):
                 return NO_BORDER
-            if swallows(body, choice.kind):
+            if swallows(body, choice.kind) or _is_triple_in_doubt(self._text, choice):
                 return AMBIGUOUS
             closers[choice.body] = choice.closer
             choice = choice.earlier
@@ -175,10 +177,18 @@ def _is_escaped(text: str, at: int) -> bool:
     return (at - stop) % 2 == 1
 
 
+def _is_triple_in_doubt(text: str, choice: Choice) -> bool:
+    """Whether a repaired string between three quotes begins or ends in one more: nobody can tell which are its own."""
+    quote = text[choice.closer]
+    is_triple = text[choice.body - 3 : choice.body] == 3 * quote == text[choice.closer : choice.closer + 3]
+    return is_triple and quote in (text[choice.body], text[choice.closer - 1])
+
+
 def swallows(body: str, kind: str) -> bool:
     """Whether a repaired string holds what looks like the border of the next argument, entry, element or call.
 
-    Between the brackets of a call (`plot(x, label='')`) it is part of the text. A bracket that the string did not open
+    Between the brackets of a call (`plot(x, label='')`) it is part of the text, if the quotes there are those of code
+    and no apostrophes. A bracket that the string did not open
     is the end of a call if a quote stands before it or another call after it (`'), g(`).
 
     Args:
@@ -186,6 +196,7 @@ def swallows(body: str, kind: str) -> bool:
         kind: what it stands in, as in `Frame.kind`.
     """
     seen: list[str] = []
+    has_inner = False
     num_open = dict.fromkeys("([{,", 0)
     for match in _BORDER.finditer(body):
         bracket = match["bracket"]
@@ -194,17 +205,33 @@ def swallows(body: str, kind: str) -> bool:
         else:
             sign = bracket if bracket in "([{" else ""
         if sign:
+            has_inner |= sign == "," and len(seen) > num_open[","]
             seen.append(sign)
             num_open[sign] += 1
         elif bracket is not None and not num_open[_PAIRS[bracket]]:
             if body[match.start() - 1 : match.start()] in ("'", '"') or _NEXT_ITEM.match(body, match.end()):
                 return True
         elif bracket is not None:
+            has_inner |= _NEXT_ITEM.match(body, match.end()) is not None
             closed = ""
             while closed != _PAIRS[bracket]:
                 closed = seen.pop()
                 num_open[closed] -= 1
-    return num_open[","] > 0
+    return num_open[","] > 0 or (has_inner and not are_quotes_of_code(body))
+
+
+def are_quotes_of_code(text: str) -> bool:
+    """Whether each quote opens or closes a string where code has one, and each bracket between strings has its pair."""
+    at = 0
+    outside = []
+    while (match := _QUOTES.search(text, at)) is not None:
+        outside.append(text[at : match.start()])
+        closer = closing_quote(text, match.end(), len(text), match[0])
+        at = closer + len(match[0])
+        if closer < 0 or not _STRING_PREFIX.search(outside[-1][-3:]) or not _CODE_FOLLOWER.match(text, at):
+            return False
+    rest = "".join(outside) + text[at:]
+    return skip_brackets(rest, 0, len(rest), []) == len(rest)
 
 
 def lexes_to_end(text: str, at: int, end: int, shape: str) -> bool:

@@ -1,6 +1,7 @@
 import ast
 import itertools
 import json
+import re
 import warnings
 from typing import Any
 
@@ -140,6 +141,45 @@ def test_repaired_value_is_the_text_between_the_outer_quotes(value: str) -> None
         is_python = not _breaks(f"'{value}'")
         if isinstance(reading, ReadCall) and not is_python:
             assert reading.arguments == {"a": value}
+
+
+PIECES = (
+    "'", '"', "'''", '"""', "it's", ", ", ")", "(", "[", "]", "{", "}", ": ", "=", "f(", "x", "1", " ", "\n", "\\",
+    "\\'", "\\n", TOOL_CALL_START, TOOL_CALL_END, TOOL_CALL_END + " ", "r'", "+", "#", " or ", "</think>",
+)  # fmt: skip
+RAW_TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+# A value that spells the border of the next argument or call cannot be told from one.
+RAW_VALUES = RAW_TEXTS.filter(lambda text: re.search(r"'\s*\)\s*,\s*\w+\s*\(|'\s*,\s*\w+\s*=", text) is None)
+RAW_ARGUMENTS = st.dictionaries(st.sampled_from("abc"), RAW_VALUES | st.just(1), min_size=1)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(RAW_ARGUMENTS, min_size=1, max_size=3))
+def test_values_rendered_without_escapes_come_back_as_they_were_or_not_at_all(calls: list[dict[str, Any]]) -> None:
+    """As LFM2.5's template renders past calls, and models then write them."""
+    rendered = (
+        ", ".join(f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in one.items())
+        for one in calls
+    )
+    payload = ", ".join(f"f({arguments})" for arguments in rendered)
+    meant = [{key: _unquoted(value) for key, value in one.items()} for one in calls]
+    for call in parse_output(f"{TOOL_CALL_START}[{payload}]{TOOL_CALL_END}").tool_calls:
+        is_meant = {key: _unquoted(value) for key, value in call.arguments.items()} in meant
+        assert is_meant or call.arguments == _as_python(call.text), (payload, call)
+
+
+def _unquoted(value: Any) -> Any:
+    """Backslashes and newlines aside: what a literal without other damage means is not the question here."""
+    return re.sub(r"\\n|[\\\n]", "", value) if isinstance(value, str) else value
+
+
+def _as_python(text: str) -> dict[str | None, Any] | None:
+    try:
+        call = ast.parse(text, mode="eval").body
+        assert isinstance(call, ast.Call)
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        return None
 
 
 def _breaks(text: str) -> bool:
