@@ -261,7 +261,7 @@ class ItemReader:
 
     def _string_value(self, string: OpenString, closer: int) -> str | Problem:
         body = self.text[string.body : closer]
-        if len(string.delimiter) == 3 and body.lstrip()[:1] in (",", ")"):
+        if len(string.delimiter) == 3 and body.lstrip()[:1] in ("", ",", ")", string.delimiter[0]):
             return Problem("ambiguous_quotes", "three quotes may be an empty string or part of one, escape them")
         if not string.prefix and "\\" not in body and body.isascii():
             return body

@@ -222,3 +222,47 @@ def test_unknown_options_are_refused(options: dict[str, Any], expected: str) -> 
 def test_required_needs_a_tool() -> None:
     with pytest.raises(OptionError, match="no tools"):
         required([])
+
+
+MIXED = [
+    {"anyOf": [{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"type": "object"}]},
+    {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "array"}, {"type": "string"}]},
+    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 20}, "minItems": 1},
+]
+
+
+@pytest.mark.parametrize("form", ["pythonic", "json"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('{"a": 1}', [True, False, False]),
+        ('{"a": "x"}', [True, False, False]),
+        ('{"ab": {"a": []}}', [True, False, False]),
+        ("[1, 2]", [False, True, False]),
+        ('[1, "x"]', [False, True, False]),
+        ('["x", [1]]', [False, True, False]),
+        ('"x"', [False, True, False]),
+        ("[[1], [], [2, 3]]", [False, True, True]),
+        (f"[{[1] * 20}]", [False, True, True]),
+        (f"[{[1] * 21}]", [False, True, False]),
+    ],
+)
+def test_alternatives_that_begin_alike_are_all_open(
+    value: str, expected: list[bool], form: Any, vocabulary: GrammarTokenizer, tokenizer: Tokenizer
+) -> None:
+    """Also where one of them is no regular language, and beside a tool whose calls are one."""
+    text = f"[f(x={value})]" if form == "pythonic" else f'[{{"name": "f", "arguments": {{"x": {value}}}}}]'
+    for schema, is_accepted in zip(MIXED, expected, strict=True):
+        constraint = required([WEATHER, function("f", {"x": schema}, ["x"])], form=form)
+        assert accepts_text(constraint, vocabulary, tokenizer, START + text + END) is is_accepted
+
+
+@pytest.mark.parametrize("form", ["pythonic", "json"])
+def test_a_tool_is_checked_although_one_like_it_was_before(form: Any) -> None:
+    shared = {"a": {"type": "string", "description": "One."}, "b": {"type": "array", "items": {"type": "number"}}}
+    for refused in ({"not": {}}, {"type": "string", "x-guidance": {}}, {"type": "array", "items": {"not": {}}}):
+        tools = [function("f", shared), function("g", {**shared, "c": refused})]
+        with pytest.raises(OptionError, match="tool 'g': parameters#/properties/c"):
+            required(tools, form=form)
+    with pytest.raises(OptionError, match="tool 'h': parameters is not JSON"):
+        required([function("f", shared), function("h", {"a": {"default": {1}}})], form=form)

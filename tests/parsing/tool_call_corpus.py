@@ -263,6 +263,8 @@ LISTS: list[tuple[str, Expected]] = [
     ("[f(c=''g('), g(b=['x'], c=''), f(c='[a='')]", [AMBIGUOUS]),
     ("[f(a='b='g(x='), g(a='', c='+)a=b='')]", [AMBIGUOUS]),
     ("[f(a=''''''')]", [AMBIGUOUS]),
+    ("[f(a='''''')]", [AMBIGUOUS]),
+    ("[f(a=''''', c=': 1'), f(a='x', c=''')]", [AMBIGUOUS]),
     ("[f(a=''''#': '''')]", [AMBIGUOUS]),
     ("[f(a=''' or '''')]", [AMBIGUOUS]),
     ('[f(a="""say "hi""""), f(a=1)]', [AMBIGUOUS, f(a=1)]),
