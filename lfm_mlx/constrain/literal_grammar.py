@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lfm_mlx.constrain.integer_range import integer_range
 from lfm_mlx.constrain.lark_rules import LarkRules, either, glued, pattern, quoted
+from lfm_mlx.constrain.members import COLON, COMMA, Member, repeats, sequence
 from lfm_mlx.constrain.schema_check import (
     ANNOTATIONS,
     JSON_TYPES,
@@ -28,12 +29,6 @@ from lfm_mlx.constrain.schema_check import (
 from lfm_mlx.errors import OptionError
 
 Form = Literal["pythonic", "json"]
-Member = tuple[str, bool]
-"""The body of a key with its value, and whether it must be there."""
-
-COMMA, COLON = "COMMA", "COLON"
-SEPARATORS = f"{COMMA}:{pattern(', ?')}\n{COLON}:{pattern(': ?')}"
-"""The lines that go with every grammar written here; names are read faster than the expressions again and again."""
 
 _JSON_OPTIONS = {
     "whitespace_flexible": False,
@@ -51,8 +46,6 @@ _STRING_KEYS = {"minLength", "maxLength"}
 _ARRAY_KEYS = {"items", "prefixItems", "minItems", "maxItems"}
 # Longer lists have rules of their own: each repeat within a terminal would be another state of the lexer.
 _MAX_REPEATS = 8
-# What is short is cheaper written twice than as a rule.
-_SHARED_FOLLOWERS = 3
 _OBJECT_KEYS = {"properties", "required", "additionalProperties", "minProperties", "maxProperties"}
 _SHAPE_KEYS = {"anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
 _KEYS_BY_TYPE = {
@@ -214,7 +207,7 @@ class LiteralGrammar:
         body = ""
         if high is None or high > len(heads):
             limit = None if high is None else high - len(heads)
-            body = f"({COMMA} {self.value(items)}){_repeats(max(low - len(heads), 0), limit)}"
+            body = f"({COMMA} {self.value(items)}){repeats(max(low - len(heads), 0), limit)}"
         for index in reversed(range(len(heads))):
             body = glued(glued(COMMA if index else "", self.value(heads[index])), body)
             body = body if index < low else f"({body})?"
@@ -258,7 +251,7 @@ class LiteralGrammar:
         pair = self._rules.rule(f"{self._rules.terminal(f'{free_key} {COLON}')} {self.value(extra)}")
         body = pair
         if high != 1:
-            body += f"({COMMA} {pair}){_repeats(max(low - 1, 0), None if high is None else int(high) - 1)}"
+            body += f"({COMMA} {pair}){repeats(max(low - 1, 0), None if high is None else int(high) - 1)}"
         return self._rules.rule(f'"{{"{body}"}}"' if low else f'"{{"({body})?"}}"')
 
     def _key(self, key: str) -> str:
@@ -346,52 +339,6 @@ def property_schemas(own: Mapping[str, Any]) -> dict[str, Schema]:
         **own.get("properties", {}),
         **{key: extra for key in own.get("required", ()) if key not in own.get("properties", {})},
     }
-
-
-def sequence(rules: LarkRules, head: str, members: Sequence[Member], tail: str) -> str:
-    """The body for members in this order, separated by commas, between `head` and `tail`."""
-    first = next((index for index, (_, is_required) in enumerate(members) if is_required), None)
-    if first is None:
-        opening = f"({either(_openings(rules, members))})?" if members else ""
-        return joined(rules, head, opening, tail)
-    body = members[first][0]
-    for text, is_required in members[first + 1 :]:
-        body = glued(body, _after_comma(rules, text) + ("" if is_required else "?"))
-    for text, _ in reversed(members[:first]):
-        # What stands before the first required member brings its own comma.
-        body = f"({glued(text, COMMA)})?{body}"
-    return joined(rules, head, body, tail)
-
-
-def joined(rules: LarkRules, head: str, body: str, tail: str) -> str:
-    """Three bodies glued; within terminals, strings side by side become one."""
-    if not rules.is_regular:
-        return glued(glued(head, body), tail)
-    text = head[:-1] + body[1:] if head[-1:] == body[:1] == '"' else glued(head, body)
-    return text[:-1] + tail[1:] if text[-1:] == tail[:1] == '"' else glued(text, tail)
-
-
-def _after_comma(rules: LarkRules, text: str) -> str:
-    return rules.rule(glued(COMMA, text))
-
-
-def _openings(rules: LarkRules, members: Sequence[Member]) -> list[str]:
-    """Each way to begin where all members are optional; the ends are shared."""
-    bodies: list[str] = []
-    rest = ""
-    for text, _ in reversed(members):
-        bodies.append(glued(text, rest))
-        rest = glued(f"{_after_comma(rules, text)}?", rest)
-        if len(bodies) % _SHARED_FOLLOWERS == 0:
-            rest = rules.rule(rest)
-    return bodies[::-1]
-
-
-def _repeats(low: int, high: int | None) -> str:
-    """The sign for that many repeats."""
-    if low == 0 and high in (None, 1):
-        return "*" if high is None else "?"
-    return f"{{{low},{'' if high is None else high}}}"
 
 
 def spell_string(text: str, quote: str) -> str:
