@@ -252,7 +252,7 @@ def test_a_damaged_file_is_refused_with_one_warning(
     assert disk.open().find([*IDS, 9]) == 70
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_flipped_byte_is_noticed_or_changes_nothing(disk: Disk, seed: int) -> None:
     run(disk.open(), IDS)
     disk.close()
