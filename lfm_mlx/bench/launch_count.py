@@ -75,7 +75,7 @@ def count_step(
 def count_step_copies(side: Side, lengths: Sequence[int]) -> int:
     """The copies that kernels of one decode step make because of their inputs' layout."""
     rows, tokens = _prepare(side, lengths, None)
-    with stand_ins():
+    with stand_ins(are_kernels_real=True):
         return count_copies(lambda x: [side.logits(rows, x), *side.arrays(rows)], tokens)
 
 

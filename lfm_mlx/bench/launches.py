@@ -8,6 +8,8 @@ A node of the graph is one launch, with these exceptions, read in MLX's Metal so
 * Writing into an array (SliceUpdate, ScatterAxis) is one launch, as its input is given away.
 * Operations of `mx.fast`, `mx.dequantize` and `mx.quantize` are one launch. MLX's CPU backend expands them into many
   nodes, so while counting each is replaced by a stand-in of one node (`stand_ins`), on every backend alike.
+* A fused kernel of our own is one launch. Without Metal it cannot even be put into a graph, so there a stand-in of one
+  node takes its place too, with the same inputs and outputs, and it is assumed to have passed its trial.
 
 What a graph does not show is counted by `lfm_mlx.bench.layouts` (copies that a kernel makes because it cannot read its
 input's layout) or not at all: attention takes two launches instead of one from 4,096 tokens on (1,024 on Max and Ultra
@@ -30,6 +32,7 @@ import mlx.core as mx
 
 from lfm_mlx.bench.machine import backend
 from lfm_mlx.errors import OptionError
+from lfm_mlx.kernels import FusedKernel, MetalKernel, Verdict, choice, has_metal
 
 FREE = frozenset(
     {
@@ -73,6 +76,8 @@ KINDS = {
     "ArgPartition": "expert choice",
     "Gather": "gather",
     "GatherAxis": "gather",
+    "CumLogAddExp": "fused kernel",
+    "CustomKernel": "fused kernel",
     "Arange": "index",
     "Concatenate": "copy",
     "Contiguous": "copy",
@@ -82,6 +87,9 @@ KINDS = {
     "Reduce": "reduction",
 }
 """What a primitive does in a decode step; all others are elementwise. Scans and sorts are stand-ins (`stand_ins`)."""
+
+PASSED = Verdict(problem=None, kernel_us=0.0, reference_us=0.0)
+"""What is assumed of a fused kernel where it cannot be tried out."""
 
 _NODE = re.compile(r'^\{ \d+ \[label ="(?P<primitive>[^"]*)", shape=rectangle\]; \}$')
 _INPUT = re.compile(r'^"(?P<array>[^"]*)" -> \d+$')
@@ -203,20 +211,27 @@ def require_compiler() -> None:
 
 
 @contextlib.contextmanager
-def stand_ins(*, is_linked: bool = True) -> Iterator[None]:
+def stand_ins(*, is_linked: bool = True, are_kernels_real: bool = False) -> Iterator[None]:
     """Within: operations that are one kernel on a GPU make one node on every backend. Never evaluate what they make.
 
     Args:
-        is_linked: whether norm, rope and attention depend on all their inputs, which takes a second node; without, they
-            are one node of one input, and cost about as much to build as the real ones.
+        is_linked: whether norm, rope, attention and fused kernels depend on all their inputs, which takes a second
+            node; without, they are one node of one input, and cost about as much to build as the real ones.
+        are_kernels_real: whether fused kernels are put into the graph themselves where there is no Metal, which works
+            only within `mx.export_function`.
     """
-    replaced = {
+    replaced: dict[tuple[Any, str], Any] = {
         (mx.fast, "rms_norm"): _norm if is_linked else _light_norm,
         (mx.fast, "rope"): _rope if is_linked else _light_rope,
         (mx.fast, "scaled_dot_product_attention"): _attention if is_linked else _light_attention,
         (mx, "dequantize"): _dequantize,
         (mx, "quantize"): _quantize,
     }
+    if not has_metal():
+        replaced[choice, "has_metal"] = lambda: True
+        replaced[FusedKernel, "verdict"] = lambda kernel, case: PASSED
+        if not are_kernels_real:
+            replaced[MetalKernel, "launch"] = _launch if is_linked else _light_launch
     originals = {place: getattr(*place) for place in replaced}
     for (module, name), stand_in in replaced.items():
         setattr(module, name, stand_in)
@@ -271,6 +286,25 @@ def _dequantize(
     shape = (*w.shape[:-1], w.shape[-1] * 32 // (bits or 4))
     spread = mx.as_strided(scales, shape, (0,) * len(shape))
     return mx.sort(_with(spread, w, biases), axis=-1)
+
+
+def _launch(kernel: MetalKernel, inputs: Sequence[mx.array], **call: Any) -> list[mx.array]:
+    return _light_launch(kernel, [_with(*inputs)], **call)
+
+
+def _light_launch(
+    kernel: MetalKernel,
+    inputs: Sequence[mx.array],
+    *,
+    output_shapes: Sequence[Sequence[int]],
+    output_dtypes: Sequence[mx.Dtype],
+    **_: Any,
+) -> list[mx.array]:
+    made = mx.logcumsumexp(inputs[0], axis=-1)
+    return [
+        mx.as_strided(made.view(dtype), shape, (0,) * len(shape))
+        for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+    ]
 
 
 def _quantize(

@@ -21,7 +21,7 @@ _SCANS = ("attention", "quantize", "norm", "rope")
 """What the scans of `lfm_mlx.bench.launches.stand_ins` stand for, by MLX's number of the reduction."""
 
 _SAME = frozenset({"Depends", "StopGradient", "Copy", "CustomTransforms"})
-_NEEDS_ROWS = frozenset({"Convolution"})
+_NEEDS_ROWS = frozenset({"Convolution", "CustomKernel"})
 _NEEDS_LAST_AXIS = frozenset({"Softmax", "LogSumExp"})
 _NEEDS_MATRIX = frozenset({"QuantizedMatmul", "GatherQMM"})
 _STRIDED = frozenset(
@@ -59,8 +59,9 @@ class Layout:
 
 
 def count_copies(build: Callable[[mx.array], Sequence[mx.array]], tokens: mx.array) -> int:
-    """Hidden copies in the step that `build` makes from `tokens`; call it within `stand_ins`. Nothing is evaluated.
+    """Hidden copies in the step that `build` makes from `tokens`. Nothing is evaluated.
 
+    Call it within `stand_ins(are_kernels_real=True)`, so that the inputs of fused kernels are looked at too.
     Nodes that are alike are counted once, as MLX merges them when it shows a graph with its shapes.
     """
     records: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from lfm_mlx.bench.launches import count, stand_ins
+from lfm_mlx.kernels import MetalKernel, add_norm, has_metal
 
 
 def ready(*shape: int) -> mx.array:
@@ -66,12 +67,23 @@ def test_operations_that_are_one_kernel_on_a_gpu_are_one_launch() -> None:
     assert count([*made, *quantized]).total == 6
 
 
+def test_a_fused_kernel_is_one_launch_with_all_its_inputs_and_outputs() -> None:
+    residual, update, weight = mx.abs(ready(2, 64)), mx.exp(ready(2, 64)), ready(64)
+    with stand_ins():
+        both = add_norm(residual, update, weight, 1e-5)
+    assert [(array.shape, array.dtype) for array in both] == [((2, 64), mx.float32)] * 2
+    assert count(both).by_kind == {"elementwise": 2, "fused kernel": 1}
+    assert [count([array]).total for array in both] == [3, 3]
+
+
 def test_stand_ins_leave_nothing_behind_even_after_an_error() -> None:
+    had_metal, launch = has_metal(), MetalKernel.launch
     before = mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention, mx.dequantize, mx.quantize
     with contextlib.suppress(ZeroDivisionError), stand_ins():
         assert mx.quantize is not before[-1]
         _ = 1 / 0
     assert (mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention, mx.dequantize, mx.quantize) == before
+    assert (has_metal(), MetalKernel.launch) == (had_metal, launch)
 
 
 def test_an_operation_belongs_to_the_last_layer_whose_weights_it_needs() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from lfm_mlx.bench.launches import stand_ins
 from lfm_mlx.bench.layouts import Layout, count_copies, reshaped
+from lfm_mlx.kernels import add_norm
 
 
 def layout_of(array: np.ndarray) -> Layout:
@@ -36,7 +37,7 @@ def test_a_reshape_copies_exactly_where_numpy_has_to(order: tuple[int, ...], cut
 
 def copies(build: object, *shape: int) -> int:
     assert callable(build)
-    with stand_ins():
+    with stand_ins(are_kernels_real=True):
         return count_copies(lambda x: [build(x)], mx.zeros(shape))
 
 
@@ -66,6 +67,13 @@ def test_rope_reads_heads_and_tokens_in_either_order() -> None:
 
     assert copies(lambda x: rotate(x.transpose(0, 2, 1, 3)), 2, 5, 3, 8) == 0
     assert copies(lambda x: rotate(x.transpose(1, 2, 0, 3)), 2, 5, 3, 8) == 1
+
+
+def test_a_fused_kernel_copies_rows_with_gaps() -> None:
+    weight = mx.ones((8,))
+    mx.eval(weight)
+    assert copies(lambda x: add_norm(x[:, :8], x[:, 8:], weight, 1e-5)[0], 3, 16) == 2
+    assert copies(lambda x: add_norm(x[:2], x[2:], weight, 1e-5)[0], 4, 8) == 0
 
 
 def test_a_quantized_matmul_copies_rows_with_gaps() -> None:
