@@ -177,6 +177,11 @@ class Answer(Iterator[OutputEvent]):
         return self._control.is_cut
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it; None while there is none."""
+        return self._reader.stop_string
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far."""
         return Usage(

@@ -67,6 +67,11 @@ class AnswerReader:
         return held
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.found
+
+    @property
     def is_reasoning(self) -> bool:
         """Whether the text so far ends inside reasoning."""
         return self._output.is_reasoning

@@ -24,7 +24,12 @@ class StopStrings:
                 raise OptionError(f"stop holds {stop!r}, expected strings of at least one character")
         self._stops = tuple(listed)
         self._held = ""
-        self.is_found = False
+        self.found: str | None = None
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the text has reached a stop string: `found`."""
+        return self.found is not None
 
     def add(self, text: str) -> str:
         """The text that may be shown now; "" once a stop string was found."""
@@ -34,9 +39,10 @@ class StopStrings:
         # The one that is complete first wins, of those the longest: the same one however the text was cut.
         found = min(((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
         if found is not None:
-            self.is_found = True
+            end, at = found
+            self.found = text[at:end]
             self._held = ""
-            return text[: found[1]]
+            return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

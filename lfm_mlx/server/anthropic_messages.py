@@ -30,8 +30,8 @@ async def messages(request: Request) -> Response:
     names = {"id": f"msg_{uuid.uuid4().hex}", "model": fields.get("model", service.name)}
     if fields.get("stream"):
         events = stream_errors(request, _events(service, asked, names))
-        return EventStream(events, keep_alive_s=service.settings.keep_alive_s)  # type: ignore[return-value]
-    blocks = await while_connected(request, service.blocks(asked))
+        return EventStream(events, asked.cancel, keep_alive_s=service.settings.keep_alive_s)  # type: ignore[return-value]
+    blocks = await while_connected(request, service.blocks(asked), asked.cancel)
     ending = _ending(asked.answers[0], blocks)
     content = [_content(block) for block in blocks.blocks]
     return JSONResponse(_message(names, content, _usage(asked.answers[0].usage), ending))

@@ -139,12 +139,12 @@ async def chat_completions(request: Request) -> Response:
         "model": fields.get("model", service.name),
     }
     if not fields.get("stream"):
-        await while_connected(request, service.finish(asked))
+        await while_connected(request, service.finish(asked), asked.cancel)
         return JSONResponse(whole_answer(asked, names))
     include_usage = fields.get("stream_options", {}).get("include_usage", False)
     chunks = stream_chunks(service, asked, names, include_usage=include_usage)
     return EventStream(  # type: ignore[return-value]
-        stream_errors(request, chunks), keep_alive_s=service.settings.keep_alive_s
+        stream_errors(request, chunks), asked.cancel, keep_alive_s=service.settings.keep_alive_s
     )
 
 

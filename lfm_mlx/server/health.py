@@ -22,7 +22,7 @@ async def ready(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """As `ready`, with numbers."""
     service = service_of(request)
-    numbers = {name: value for name, (_, value) in service.answering.gauges().items()}
+    numbers = {name: value for name, (_, value) in service.gauges().items()}
     status = "closing" if service.is_closing else "ready"
     return JSONResponse({"status": status, **numbers}, 503 if service.is_closing else 200)
 

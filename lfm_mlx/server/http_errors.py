@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from starlette.responses import JSONResponse
 
-from lfm_mlx.errors import ContextLengthError, LfmError, MemoryPlanError, OptionError, TemplateError
+from lfm_mlx.errors import (
+    ContextLengthError,
+    EngineClosedError,
+    LfmError,
+    MemoryPlanError,
+    OptionError,
+    QueueFullError,
+    TemplateError,
+)
 from lfm_mlx.types import SamplingParams
 
 Dialect = Literal["openai", "anthropic"]
@@ -26,7 +35,7 @@ _FIELDS = (
     "thinking_budget",
     "prompt",
 )
-_FIRST_NAME = re.compile(rf"^({'|'.join(_FIELDS)})((?:\[\d+\]|\.[a-z_]+)*)\b")
+_FIRST_NAME = re.compile(rf"^({'|'.join(_FIELDS)})((?:\[\d+\]|\.[a-z_]+)*)(?!\w)")
 """The field that a message of ours begins with."""
 
 RETRY_AFTER_S = 2
@@ -84,6 +93,11 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(text, param="messages", code="context_length_exceeded")
     if isinstance(error, MemoryPlanError):
         return ApiError(text, status=503, code="out_of_memory", headers={"retry-after": str(RETRY_AFTER_S)})
+    if isinstance(error, QueueFullError):
+        wait_s = math.ceil(error.retry_after_s)
+        return ApiError(text, status=503, code="queue_full", headers={"retry-after": str(wait_s)})
+    if isinstance(error, EngineClosedError):
+        return ApiError(text, status=503, code="shutting_down")
     if isinstance(error, (OptionError, TemplateError)):
         named = _FIRST_NAME.match(text)
         return ApiError(text, param=named[1] + named[2] if named else None, code="invalid_value")

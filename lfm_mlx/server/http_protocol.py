@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -13,18 +14,25 @@ HEADER_TIMEOUT_S = 30.0
 READ_TIMEOUT_S = 60.0
 """In which a client has to take something of what was written for it."""
 
+SEND_BUFFER_BYTES = 128 << 10
+"""Of the system's buffer for a connection; left to itself it takes megabytes for a client that does not read."""
+
 
 class GuardedProtocol(H11Protocol):
     """Drops connections that stay silent, and those whose client does not read what it asked for."""
 
     header_timeout_s = HEADER_TIMEOUT_S
     read_timeout_s = READ_TIMEOUT_S
+    send_buffer_bytes = SEND_BUFFER_BYTES
     _reading: asyncio.TimerHandle | None = None
     _heading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start the time in which a request has to come."""
+        """Bound what waits to be sent, and start the time in which a request has to come."""
         super().connection_made(transport)
+        bare = transport.get_extra_info("socket")
+        if bare is not None:
+            bare.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer_bytes)
         self._heading = self.loop.call_later(self.header_timeout_s, self._drop_silent)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -51,7 +59,11 @@ class GuardedProtocol(H11Protocol):
             self.transport.abort()
 
 
-def protocol_class(*, read_timeout_s: float, header_timeout_s: float = HEADER_TIMEOUT_S) -> type[GuardedProtocol]:
-    """The protocol with these limits, in seconds."""
-    limits = {"read_timeout_s": read_timeout_s, "header_timeout_s": header_timeout_s}
+def protocol_class(*, read_timeout_s: float, header_timeout_s: float, send_buffer_bytes: int) -> type[GuardedProtocol]:
+    """The protocol with these limits."""
+    limits = {
+        "read_timeout_s": read_timeout_s,
+        "header_timeout_s": header_timeout_s,
+        "send_buffer_bytes": send_buffer_bytes,
+    }
     return type("GuardedProtocol", (GuardedProtocol,), limits)

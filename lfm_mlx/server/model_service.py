@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from lfm_mlx.chat import Answer, RenderedPrompt
+from lfm_mlx.chat import Answer, AnswerOptions, RenderedPrompt
+from lfm_mlx.engine import EngineThread
 from lfm_mlx.model import Model
-from lfm_mlx.server.answering import Answering, AnswerStream
-from lfm_mlx.server.asking import Ask, prepare
+from lfm_mlx.server.answering import AnswerStream
+from lfm_mlx.server.asking import Ask, Prepared, prepare
 from lfm_mlx.server.blocks import BlockWriter
 from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.server.metrics import Metrics
@@ -33,6 +36,11 @@ class Asked:
     sampling: SamplingParams
     started_s: float
 
+    def cancel(self, error: Exception | None = None) -> None:
+        """End the answers after the step that is being computed; who reads them gets the error."""
+        for answer in self.answers:
+            answer.cancel(error)
+
 
 class Service:
     """One model, served.
@@ -49,10 +57,11 @@ class Service:
         self.settings = settings
         self.created_s = int(time.time())
         self.metrics = Metrics(self.name)
-        self.answering = Answering(max_rows=settings.max_rows, max_waiting=settings.max_waiting)
+        self.engine = EngineThread(model, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
+        self._open: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
         self.responses = ResponseStore(settings.max_stored_bytes)
         self.is_closing = False
-        self.metrics.gauges(self.answering.gauges)
+        self.metrics.gauges(self.gauges)
 
     @property
     def name(self) -> str:
@@ -82,20 +91,42 @@ class Service:
         started_s = time.monotonic()
         if self.is_closing:
             raise closing_error()
-        self.answering.check_room(ask.num_answers)
-        prepared = await asyncio.to_thread(prepare, self.model, self.tokenizer, ask)
-        self.answering.check_room(ask.num_answers)
+        loop = asyncio.get_running_loop()
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, ask, loop, started_s))
+        try:
+            asked = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_give_up)
+            raise
+        self._open.update(asked.answers)
         if self.settings.logs_prompts:
-            log.info("prompt", extra={"fields": {"prompt": prepared.prompt.text}})
-        answers = [
-            self.answering.start(
-                lambda options=options: Answer(  # type: ignore[misc]
-                    self.model, self.tokenizer, prepared.prompt, tools=prepared.tools, options=options
-                )
-            )
-            for options in prepared.options
-        ]
+            log.info("prompt", extra={"fields": {"prompt": asked.prompt.text}})
+        return asked
+
+    def _start(self, ask: Ask, loop: asyncio.AbstractEventLoop, started_s: float) -> Asked:
+        """Prepare a question and submit its answers; takes a while, so that it runs beside the event loop."""
+        prepared = prepare(self.model, self.tokenizer, ask)
+        answers: list[AnswerStream] = []
+        try:
+            for options in prepared.options:
+                write = functools.partial(self._write, prepared, options)
+                answers.append(AnswerStream(loop, write))
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
         return Asked(prompt=prepared.prompt, answers=answers, sampling=prepared.sampling, started_s=started_s)
+
+    def _write(self, prepared: Prepared, options: AnswerOptions, on_progress: Callable[[], None]) -> Answer:
+        return Answer(
+            self.model,
+            self.tokenizer,
+            prepared.prompt,
+            tools=prepared.tools,
+            options=options,
+            engine=self.engine,
+            on_progress=on_progress,
+        )
 
     async def events(self, asked: Asked) -> AsyncGenerator[tuple[int, list[OutputEvent], bool], None]:
         """What the answers of a question come to: the number of an answer, its next events, and whether they are its
@@ -122,8 +153,7 @@ class Service:
         finally:
             if timer is not None:
                 timer.cancel()
-            for answer in asked.answers:
-                answer.cancel()
+            asked.cancel()
             for task in waiting:
                 task.cancel()
             if waiting:
@@ -169,8 +199,7 @@ class Service:
             status=504,
             code="timeout",
         )
-        for answer in asked.answers:
-            answer.cancel(error)
+        asked.cancel(error)
 
     def begin_closing(self) -> None:
         """Take no more questions."""
@@ -178,13 +207,34 @@ class Service:
 
     def cancel_all(self) -> None:
         """End all answers, because the server closes."""
-        self.answering.cancel_all(closing_error())
+        for answer in list(self._open):
+            answer.cancel(closing_error())
 
     def close(self) -> None:
         """End all answers and wait until nothing runs."""
         self.begin_closing()
         self.cancel_all()
-        self.answering.close()
+        self.engine.close()
+
+    @property
+    def num_open(self) -> int:
+        """Answers that run or wait."""
+        counters = self.engine.counters
+        return counters.num_running + counters.num_waiting
+
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        """Numbers of this moment for a monitor: text and value by name."""
+        counters = self.engine.counters
+        return {
+            "num_requests_running": ("Answers that are being written.", counters.num_running),
+            "num_requests_waiting": ("Answers that wait.", counters.num_waiting),
+        }
+
+
+def _give_up(starting: asyncio.Future[Asked]) -> None:
+    """Cancel answers that were started for nobody."""
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().cancel()
 
 
 async def _next(source: AsyncGenerator[list[OutputEvent], None]) -> list[OutputEvent] | None:

@@ -32,8 +32,8 @@ async def create_response(request: Request) -> Response:
     writer = ResponseWriter(service, asked, fields, before)
     if fields.get("stream"):
         events = writer.events(request_id(request))
-        return EventStream(events, keep_alive_s=service.settings.keep_alive_s)  # type: ignore[return-value]
-    writer.blocks = await while_connected(request, service.blocks(asked))
+        return EventStream(events, asked.cancel, keep_alive_s=service.settings.keep_alive_s)  # type: ignore[return-value]
+    writer.blocks = await while_connected(request, service.blocks(asked), asked.cancel)
     return JSONResponse(writer.ended())
 
 

@@ -15,7 +15,7 @@ import uvicorn
 
 from lfm_mlx.errors import OptionError
 from lfm_mlx.server.app import make_app
-from lfm_mlx.server.http_protocol import HEADER_TIMEOUT_S, READ_TIMEOUT_S, protocol_class
+from lfm_mlx.server.http_protocol import HEADER_TIMEOUT_S, READ_TIMEOUT_S, SEND_BUFFER_BYTES, protocol_class
 from lfm_mlx.server.model_service import Service
 
 log = logging.getLogger("lfm_mlx.server")
@@ -31,6 +31,7 @@ class HttpServer(uvicorn.Server):
         shutdown_timeout_s: for answers to finish.
         read_timeout_s: in which a client has to read what was written.
         header_timeout_s: in which a client has to ask.
+        send_buffer_bytes: of what the system holds for a client that does not read.
         tls_cert, tls_key: files in PEM form; None serves plain HTTP.
     """
 
@@ -41,6 +42,7 @@ class HttpServer(uvicorn.Server):
         shutdown_timeout_s: float = 10.0,
         read_timeout_s: float = READ_TIMEOUT_S,
         header_timeout_s: float = HEADER_TIMEOUT_S,
+        send_buffer_bytes: int = SEND_BUFFER_BYTES,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
     ) -> None:
@@ -48,7 +50,11 @@ class HttpServer(uvicorn.Server):
         self._shutdown_timeout_s = shutdown_timeout_s
         config = uvicorn.Config(
             make_app(service),
-            http=protocol_class(read_timeout_s=read_timeout_s, header_timeout_s=header_timeout_s),
+            http=protocol_class(
+                read_timeout_s=read_timeout_s,
+                header_timeout_s=header_timeout_s,
+                send_buffer_bytes=send_buffer_bytes,
+            ),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -63,7 +69,7 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers finish within the time, end the others."""
         self._service.begin_closing()
-        log.info("closing", extra={"fields": {"open_answers": self._service.answering.num_open}})
+        log.info("closing", extra={"fields": {"open_answers": self._service.num_open}})
         timer = asyncio.get_running_loop().call_later(self._shutdown_timeout_s, self._service.cancel_all)
         await super().shutdown(sockets)
         timer.cancel()

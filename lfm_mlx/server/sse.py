@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -32,14 +31,21 @@ class EventStream:
 
     Args:
         events: the events as bytes; closed in the end, whatever happens.
+        on_end: called in the end, even where no event was ever asked for.
         keep_alive_s: seconds of silence after which a comment is sent.
         headers: further ones.
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, keep_alive_s: float, headers: Mapping[str, str] | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        on_end: Callable[[], None],
+        *,
+        keep_alive_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._events = events
+        self._on_end = on_end
         self._keep_alive_s = keep_alive_s
         self._headers = {
             "content-type": "text/event-stream; charset=utf-8",
@@ -54,6 +60,7 @@ class EventStream:
         try:
             await asyncio.wait({listening, writing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._on_end()
             listening.cancel()
             writing.cancel()
             await asyncio.wait({listening, writing})
@@ -102,11 +109,16 @@ class ClientGoneError(Exception):
     """The client closed its connection before it was answered."""
 
 
-async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
+async def while_connected(request: Request, work: Awaitable[_T], on_end: Callable[[], None]) -> _T:
     """The result of `work`, which is cancelled when the client goes away.
 
+    Args:
+        request: its body has been read.
+        work: what is waited for.
+        on_end: called in the end, even where the work was never begun.
+
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client went away.
     """
     working = asyncio.ensure_future(work)
     listening = asyncio.ensure_future(_until_gone(request.receive))
@@ -116,7 +128,7 @@ async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
             raise ClientGoneError
         return working.result()
     finally:
+        on_end()
         listening.cancel()
         working.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({working, listening})
+        await asyncio.wait({working, listening})

@@ -88,6 +88,17 @@ def test_thinking_is_limited_or_left_out(client: anthropic.Anthropic) -> None:
     assert 0 < len(thoughts({"type": "enabled", "budget_tokens": 4})) < len(thoughts({"type": "adaptive"}))
 
 
+def test_a_stop_sequence_is_named(client: anthropic.Anthropic) -> None:
+    message = client.messages.create(
+        model="tiny",
+        max_tokens=200,
+        **SETTLED,
+        stop_sequences=["Berlin", "France"],
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+    )
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "France")
+
+
 def test_a_tool_is_required_and_a_format_is_kept(client: anthropic.Anthropic) -> None:
     options: dict[str, Any] = {"model": "tiny", "max_tokens": 100, **SETTLED, "thinking": {"type": "disabled"}}
     options["messages"] = [{"role": "user", "content": "Say hello."}]

@@ -1,0 +1,57 @@
+"""From fields to prompts: whatever is asked is either asked or refused with an error of ours."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from conftest import WEATHER_TOOL, Running
+
+from lfm_mlx.errors import LfmError
+from lfm_mlx.server import anthropic_fields, response_fields
+from lfm_mlx.server.asking import Ask, prepare
+from lfm_mlx.server.chat_completions import CHAT, read_ask
+from lfm_mlx.types import SamplingParams
+
+JUNK = [True, 5, -1, 1.5, 10**30, 1e308, "", "x", [], [[]], ["x"], [{}], {}, {"x": 1}, {"type": 5}, {"type": "x"}]
+USER = [{"role": "user", "content": "x"}]
+
+INTERFACES = {
+    "chat": (CHAT, read_ask, {"messages": USER, "tools": [WEATHER_TOOL]}),
+    "responses": (response_fields.RESPONSES, response_fields.read_question, {"input": "x"}),
+    "messages": (anthropic_fields.MESSAGES, anthropic_fields.read_question, {"messages": USER, "max_tokens": 5}),
+}
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_any_value_in_any_field_is_taken_or_refused(served: Running, interface: str) -> None:
+    fields, read, good = INTERFACES[interface]
+    num_refused = 0
+    for name, value in itertools.product(fields.fields, JUNK):
+        try:
+            prepare(served.service.model, served.service.tokenizer, read(fields.read({**good, name: value}, "")))
+        except LfmError:
+            num_refused += 1
+    assert num_refused > 200
+
+
+def test_a_seed_gives_each_answer_the_next_one(served: Running) -> None:
+    def seeds(**sampling: Any) -> list[int | None]:
+        ask = Ask(messages=USER, sampling=sampling, num_answers=3)
+        prepared = prepare(served.service.model, served.service.tokenizer, ask)
+        return [options.sampling.seed for options in prepared.options if options.sampling is not None]
+
+    assert seeds(seed=2**64 - 2) == [2**64 - 2, 2**64 - 1, 0]
+    assert seeds() == [None] * 3
+
+
+def test_what_is_not_asked_for_is_the_model_cards(served: Running) -> None:
+    model = served.service.model
+    prepared = prepare(model, served.service.tokenizer, Ask(messages=USER, sampling={"top_k": 3}))
+    assert prepared.sampling == SamplingParams(
+        temperature=model.sampling.temperature,
+        top_k=3,
+        min_p=model.sampling.min_p,
+        repetition_penalty=model.sampling.repetition_penalty,
+    )

@@ -1,0 +1,253 @@
+"""What must not kill the server: after each, it answers as before and holds no more memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import mlx.core as mx
+import pytest
+from conftest import PATIENCE_S, WEATHER_TOOL, Running, wait_until
+
+from lfm_mlx.server.app import ENDPOINTS
+from lfm_mlx.server.field_types import Fields
+from lfm_mlx.server.request_body import MAX_DEPTH
+
+MEMORY_SLACK_BYTES = 4_000_000
+"""Less than one row of the tiny model holds: compiled graphs and the like may stay."""
+
+JUNK = [True, 5, -1, 1.5, 10**30, 1e308, "", "x", [], [[]], ["x"], {}, {"x": 1}, {"type": 5}]
+
+
+@pytest.fixture(autouse=True)
+def _survives(served: Running) -> Iterator[None]:
+    """The check around every test."""
+    wait_until(served.is_idle)
+    before = mx.get_active_memory()
+    yield
+    served.check_alive()
+    assert mx.get_active_memory() < before + MEMORY_SLACK_BYTES
+
+
+def connect(served: Running, *, receive_bytes: int | None = None) -> socket.socket:
+    """A bare connection."""
+    raw = socket.socket()
+    if receive_bytes is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    raw.settimeout(PATIENCE_S)
+    raw.connect(("127.0.0.1", served.port))
+    return raw
+
+
+def post_bytes(body: bytes, path: str = "/v1/chat/completions") -> bytes:
+    """A request as it goes over the wire."""
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def endless(served: Running, **fields: Any) -> bytes:
+    """A request whose answer goes on as long as it may."""
+    never = {str(token_id): -100 for token_id in served.service.tokenizer.stop_ids}
+    messages = [{"role": "user", "content": "Say hello."}]
+    body = {"messages": messages, "temperature": 2.0, "seed": 3, "stream": True, "logit_bias": never, **fields}
+    return post_bytes(json.dumps(body).encode())
+
+
+def reset(raw: socket.socket) -> None:
+    """Close a connection the hard way."""
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()
+
+
+def test_a_prompt_equal_to_one_before(served: Running) -> None:
+    def answer(content: str) -> str:
+        response = served.chat(content, tools=[WEATHER_TOOL], max_tokens=12)
+        assert response.status_code == 200
+        return json.dumps(response.json()["choices"][0]["message"])
+
+    first = answer("What is the capital of France?")
+    assert answer("What is the capital of France?") == first
+    assert answer("What is the capital of France? And of Italy?") != ""
+    assert answer("What is the capital of France?") == first
+
+
+def test_an_unknown_model(served: Running) -> None:
+    for path, more in (("chat/completions", {}), ("messages", {"max_tokens": 3}), ("responses", {"input": "x"})):
+        body = {"model": "gpt-9", **({"messages": [{"role": "user", "content": "x"}]} if "input" not in more else {})}
+        response = served.http.post(f"/v1/{path}", json={**body, **more})
+        assert response.status_code == 404
+        assert "gpt-9" in response.text
+
+
+WHOLE = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1, "store": False},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
+}
+
+
+@pytest.mark.parametrize("endpoint", [one for one in ENDPOINTS if one.fields is not None], ids=lambda one: one.path)
+def test_a_wrong_type_in_every_field(served: Running, endpoint: Any) -> None:
+    fields = endpoint.fields
+    assert isinstance(fields, Fields)
+    for name, field in fields.fields.items():
+        value = next(value for value in (True, [], 5, {"x": 1}) if not field.is_kind(value))
+        response = served.http.post(endpoint.path, json={**WHOLE[endpoint.path], name: value})
+        assert response.status_code == 400, (name, value, response.text)
+        assert name in response.json()["error"]["message"]
+    for body in JUNK:
+        assert served.http.post(endpoint.path, json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"{",
+        b"[" * 100_000,
+        b"[" * 1000 + b"]" * 1000,
+        b'{"a":' * 300_000,
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 10_000 + b"}",
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b"\x00" * 1000,
+    ],
+    ids=lambda body: repr(body[:12]) + str(len(body)),
+)
+def test_a_body_that_is_no_proper_json(served: Running, body: bytes) -> None:
+    response = served.http.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+def test_a_schema_as_deep_as_may_be(served: Running) -> None:
+    def nested(depth: int) -> dict[str, Any]:
+        schema: dict[str, Any] = {"type": "integer"}
+        for _ in range(depth):
+            schema = {"type": "object", "properties": {"a": schema}}
+        return schema
+
+    for depth, statuses in ((MAX_DEPTH // 2 - 4, (200, 400)), (MAX_DEPTH, (400,))):
+        tool = {"type": "function", "function": {"name": "f", "parameters": nested(depth)}}
+        form = {"type": "json_schema", "json_schema": {"schema": nested(depth)}}
+        for fields in ({"tools": [tool]}, {"response_format": form}):
+            assert served.chat(**fields, max_tokens=2).status_code in statuses
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_body_of_100_megabytes(served: Running, is_announced: bool) -> None:
+    part, count = b"x" * 1_000_000, 100
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(count):
+            yield part
+
+    headers = {"content-length": str(len(part) * count)} if is_announced else {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    response = served.http.post("/v1/chat/completions", content=parts(), headers=headers)
+    assert response.status_code == 413
+    assert "2,000,000" in response.json()["error"]["message"]
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1024 if os.uname().sysname == "Linux" else 1) < 30_000_000
+
+
+def test_a_body_that_never_ends_or_never_comes(served: Running) -> None:
+    raws = [connect(served) for _ in range(5)]
+    for raw in raws:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{")
+    served.check_alive()
+    for raw in raws:
+        reset(raw)
+
+
+def test_a_client_that_does_not_read(served: Running) -> None:
+    raw = connect(served, receive_bytes=2048)
+    raw.sendall(endless(served, n=8))
+    wait_until(lambda: served.service.num_open > 0)
+    # The server drops the connection when its time to read is over, and then the answers.
+    wait_until(served.is_idle)
+    with raw, contextlib.suppress(ConnectionError):
+        while raw.recv(1 << 16):
+            pass
+
+
+def test_a_client_that_goes_away_in_prefill(served: Running) -> None:
+    long = "one two " * (700 // len(served.service.tokenizer.encode("one two ", add_bos=False)))
+    for _ in range(3):
+        raw = connect(served)
+        raw.sendall(endless(served, messages=[{"role": "user", "content": long}]))
+        wait_until(lambda: served.service.num_open > 0)
+        reset(raw)
+    wait_until(served.is_idle)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_goes_away_in_decode(served: Running, is_streamed: bool) -> None:
+    raw = connect(served)
+    raw.sendall(endless(served, stream=is_streamed, max_tokens=4000))
+    if is_streamed:
+        received = b""
+        while received.count(b"data: ") < 10:
+            received += raw.recv(1 << 16)
+    else:
+        wait_until(lambda: served.service.num_open > 0)
+    reset(raw)
+    wait_until(served.is_idle)
+
+
+def test_200_clients_at_once(served: Running) -> None:
+    async def ask(client: httpx.AsyncClient, number: int) -> int:
+        body = {"messages": [{"role": "user", "content": f"Say {number}."}], "max_tokens": 1, "stream": number % 2 == 0}
+        return (await client.post("/v1/chat/completions", json=body)).status_code
+
+    async def ask_all() -> list[int]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=served.url, limits=limits, timeout=300) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(200)))
+
+    assert set(asyncio.run(ask_all())) == {200}
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        random.Random(0).randbytes(5000),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 200_000 + b"\r\n\r\n",
+        b"\r\n" * 1000,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+    ids=lambda garbage: repr(garbage[:12]),
+)
+def test_bytes_that_are_no_request(served: Running, garbage: bytes) -> None:
+    with connect(served) as raw, contextlib.suppress(ConnectionError):
+        raw.sendall(garbage)
+        raw.shutdown(socket.SHUT_WR)
+        answer = raw.recv(1000)
+        assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5"))
+        assert not answer.startswith(b"HTTP/1.1 5")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "%00", "a" * 5000, "ü", "..%2f..%2fx"])
+def test_odd_paths(served: Running, name: str) -> None:
+    assert served.http.get(f"/v1/models/{name}").status_code == 404
