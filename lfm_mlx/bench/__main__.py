@@ -151,7 +151,9 @@ def synthetic(shapes: str, out: Path, shards: int, tails: str, seed: int) -> Non
 @subject_options(None)
 @click.option("--context", type=COUNT, help="Tokens of the prompt.")
 @click.option("--batch-size", type=COUNT, help="Rows.")
-@click.option("--computed", type=COUNT, help="Tokens of it that are computed, the first ones being zeros.")
+@click.option("--computed", type=COUNT, help="Tokens of it that are computed, the first ones being random.")
+@click.option("--prefill-chunk", type=COUNT, help="Compute a chunk of so many tokens in one layer of each kind too.")
+@click.option("--tokens", "num_tokens", type=COUNT, help="Generate so many tokens, and watch memory meanwhile.")
 def memory(**options: Any) -> None:
     """Bytes of weights, caches, prefill and decode, beside what the planner expects."""
     subject, measured = _split(options)

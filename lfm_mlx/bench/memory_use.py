@@ -9,12 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from lfm_mlx.bench.chunk_memory import chunk_transients, fill_with_random
 from lfm_mlx.bench.machine import backend
+from lfm_mlx.bench.memory_growth import watch_growth
 from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.shapes import RandomWeights, made_up_model
 from lfm_mlx.bench.sides import Ours, Rows
 from lfm_mlx.bench.subject import Subject
 from lfm_mlx.cache import ConvState
+from lfm_mlx.errors import OptionError
 from lfm_mlx.load import load
 from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens, set_memory_limits
 from lfm_mlx.model import Model
@@ -30,16 +33,31 @@ NOTES = (
 )
 
 
-def ask_memory(subject: Subject, *, context: int = CONTEXT, batch_size: int = 1, computed: int | None = None) -> Report:
+def ask_memory(
+    subject: Subject,
+    *,
+    context: int = CONTEXT,
+    batch_size: int = 1,
+    computed: int | None = None,
+    prefill_chunk: int | None = None,
+    num_tokens: int | None = None,
+) -> Report:
     """Measure loading, a prompt of `context` tokens, and decoding behind it.
 
     Args:
         subject: which model; a peer is not measured.
         context: tokens of the prompt.
         batch_size: rows.
-        computed: tokens of it that are really computed, what stands before being zeros; None: all on a GPU, few on
+        computed: tokens of it that are really computed, what stands before being random; None: all on a GPU, few on
             the CPU, which would take hours.
+        prefill_chunk: the last so many tokens are computed once more as one chunk, in one layer of each kind.
+        num_tokens: so many tokens are generated as an answer of their own afterwards, and memory is watched.
+
+    Raises:
+        OptionError: the chunk is longer than the context.
     """
+    if prefill_chunk is not None and prefill_chunk > context:
+        raise OptionError(f"prefill_chunk is {prefill_chunk}, expected at most the context, {context}")
     prompt = min(context, computed or (CPU_COMPUTED if backend() == "cpu" else context))
     phases: list[dict[str, Any]] = [_phase("before", lambda: None)]
     held: dict[str, Any] = {}
@@ -56,24 +74,62 @@ def ask_memory(subject: Subject, *, context: int = CONTEXT, batch_size: int = 1,
         chunk_tokens=chunk,
     )
     ours = Ours(model, kv_bits=subject.kv_bits)
-    phases.append(_phase("prefill", lambda: held.update(rows=_prefill(ours, batch_size, context, prompt, chunk))))
+    phases.append(_phase("cache", lambda: held.update(rows=_new_rows(ours, batch_size, context, prompt))))
     rows: Rows = held["rows"]
+    phases.append(_phase("prefill", lambda: _prefill(ours, rows, prompt, chunk)))
     phases.append(_phase("decode", lambda: _decode(ours, rows, batch_size)))
+    transients: dict[str, int] = {}
+    if prefill_chunk is not None:
+        phases.append(_phase("chunk", lambda: transients.update(chunk_transients(model, rows.state, prefill_chunk))))
+        phases[-1]["peak_bytes"] = phases[-1]["active_bytes"] + max(transients.values())
     found = _found(model, rows, phases)
     planned = _planned(plan)
+    growth: list[dict[str, Any]] = []
+    if num_tokens is not None:
+        held.clear()
+        del rows
+        growth += watch_growth(model, num_tokens, kv_bits=subject.kv_bits)
     return Report(
         question="memory",
         parameters={**subject.parameters, "context": context, "computed": prompt, "batch_size": batch_size},
-        results={"phases": phases, "found": found, "planned": planned},
+        results={
+            "phases": phases,
+            "found": found,
+            "planned": planned,
+            "chunk": {"tokens": prefill_chunk, "dtype": str(model.dtype), "transient_bytes": transients},
+            "growth": growth,
+        },
         title=f"Memory at {batch_size} x {context} tokens, {prompt} of them computed, {subject.name}",
         header=["", "MLX after", "MLX peak", "process"],
         rows=[
             *([phase["phase"], *_sizes(phase, "active_bytes", "peak_bytes", "process_bytes")] for phase in phases),
             ["", "", "found", "planned"],
             *([name, "", format_bytes(found[name]), format_bytes(planned[name])] for name in planned),
+            *_chunk_rows(transients, found),
+            *_growth_rows(growth),
         ],
         notes=NOTES,
     )
+
+
+def _chunk_rows(transients: dict[str, int], found: dict[str, int]) -> list[list[object]]:
+    if not transients:
+        return []
+    held = found["weights"] + found["keys and values"] + found["convolution states"]
+    lines: list[list[object]] = [["one layer, one chunk", "", "beside", "in all"]]
+    for kind, needed in transients.items():
+        lines.append([kind, "", format_bytes(needed), format_bytes(held + needed)])
+    return lines
+
+
+def _growth_rows(growth: list[dict[str, Any]]) -> list[list[object]]:
+    if not growth:
+        return []
+    lines: list[list[object]] = [["tokens generated", "cache", "other", "process"]]
+    names = ("cache_bytes", "other_bytes", "resident_bytes")
+    for look in growth:
+        lines.append([f"{look['tokens']:,}", *_sizes(look, *names)])
+    return lines
 
 
 def process_peak_bytes() -> int:
@@ -102,11 +158,15 @@ def _make(subject: Subject) -> Model:
     return made_up_model(RandomWeights(subject.config, subject.bits), dtype)
 
 
-def _prefill(ours: Ours, batch_size: int, context: int, prompt: int, chunk: int) -> Rows:
+def _new_rows(ours: Ours, batch_size: int, context: int, prompt: int) -> Rows:
     rows = ours.new_rows([context - prompt] * batch_size, capacity=context + DECODED)
-    tokens = mx.random.randint(0, ours.config.vocab_size, (batch_size, prompt), dtype=mx.int32)
-    mx.eval(ours.stepper.prefill(rows.state, tokens, chunk_size=chunk))
+    fill_with_random(rows.state, context - prompt)
     return rows
+
+
+def _prefill(ours: Ours, rows: Rows, prompt: int, chunk: int) -> None:
+    tokens = mx.random.randint(0, ours.config.vocab_size, (rows.state.batch_size, prompt), dtype=mx.int32)
+    mx.eval(ours.stepper.prefill(rows.state, tokens, chunk_size=chunk))
 
 
 def _decode(ours: Ours, rows: Rows, batch_size: int) -> None:
@@ -120,7 +180,7 @@ def _found(model: Model, rows: Rows, phases: list[dict[str, Any]]) -> dict[str, 
     """What the planner plans, as it was measured."""
     state_bytes = rows.state.num_bytes
     conv_bytes = sum(layer.num_bytes for layer in rows.state.layers if isinstance(layer, ConvState))
-    peak = max(phase["peak_bytes"] for phase in phases[2:])
+    peak = max(phase["peak_bytes"] for phase in phases if phase["phase"] in ("prefill", "decode"))
     return {
         "weights": model.num_bytes,
         "keys and values": state_bytes - conv_bytes,
