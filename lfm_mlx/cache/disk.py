@@ -6,10 +6,12 @@ methods belong to the thread of the cache; files are written and deleted by a th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections import OrderedDict, deque
@@ -90,7 +92,7 @@ class DiskStore:
         self._fingerprint = fingerprint
         self._folder = folder
         self._sizes: OrderedDict[str, int] = OrderedDict()  # Of our files; longest unused first.
-        self._others: deque[tuple[Path, int]] = deque()
+        self._others: list[tuple[float, Path, int]] = []  # When last used, where, how large; longest unused first.
         self._pending: dict[str, Writing] = {}
         self._jobs: deque[Callable[[], None] | None] = deque()
         self._done: deque[Writing] = deque()
@@ -197,7 +199,7 @@ class DiskStore:
     def overdue(self) -> list[str]:
         """The keys to `delete` to keep within the limit; files of other models are deleted at once."""
         while self._others and self.num_bytes > self.max_bytes:
-            path, size = self._others.popleft()
+            _, path, size = self._others.pop(0)
             self.num_bytes -= size
             self._queue(lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
         found, excess = [], self.num_bytes - self.max_bytes
@@ -292,46 +294,57 @@ class DiskStore:
 
     def _read_index(self) -> Iterable[BlockHeader]:
         """The headers of our files; what is none of ours is left alone, what is damaged is deleted."""
-        files = sorted((path.stat().st_mtime_ns, path) for path in self._folder.iterdir() if path.is_file())
         headers = []
-        for _, path in files:
+        for path, size, changed_s in _files(self._folder):
             if path.name.startswith("."):
-                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                if time.time() - changed_s > _ABANDONED_S:
                     path.unlink(missing_ok=True)
                 continue
-            if path.suffix != SUFFIX or not _KEY.fullmatch(path.stem):
+            if not _is_block(path):
                 self._warn_of(path, "it is no block of this cache")
                 continue
             try:
                 header = read_block_header(path)
                 if header.key != path.stem:
                     raise BlockFileError("it holds another block than its name says")
+            except FileNotFoundError:
+                continue
             except BlockFileError as error:
                 self._warn_of(path, error)
                 path.unlink(missing_ok=True)
                 continue
-            size = path.stat().st_size
             self._sizes[header.key] = size
             self.num_bytes += size
             headers.append(header)
         return headers
 
     def _find_others(self) -> None:
-        """Count the files of other models and layouts, longest unused first."""
-        found = []
+        """Count the files of other models and layouts."""
         for folder in self._root.iterdir():
             if folder != self._folder and _KEY.fullmatch(folder.name) and folder.is_dir():
-                found += [
-                    (path.stat().st_mtime_ns, path, path.stat().st_size)
-                    for path in folder.iterdir()
-                    if path.suffix == SUFFIX and _KEY.fullmatch(path.stem)
-                ]
-        self._others = deque((path, size) for _, path, size in sorted(found))
-        self.num_bytes += sum(size for _, size in self._others)
+                self._others += [(changed_s, path, size) for path, size, changed_s in _files(folder) if _is_block(path)]
+        self._others.sort()
+        self.num_bytes += sum(size for _, _, size in self._others)
+
+
+def _is_block(path: Path) -> bool:
+    return path.suffix == SUFFIX and _KEY.fullmatch(path.stem) is not None
+
+
+def _files(folder: Path) -> list[tuple[Path, int, float]]:
+    """Files with their size and the time of their last change, longest unchanged first."""
+    found = []
+    for path in folder.iterdir():
+        # Another process that shares the folder may delete one meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            facts = path.stat()
+            if stat.S_ISREG(facts.st_mode):
+                found.append((path, facts.st_size, facts.st_mtime))
+    return sorted(found, key=lambda file: file[2])
 
 
 def _set_times(times: Sequence[tuple[Path, float]]) -> None:
     for path, at in times:
         # Deleted by another process, perhaps.
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             os.utime(path, (at, at))
