@@ -45,7 +45,7 @@ _NOT_ASKED = ANNOTATIONS | {"$defs", "definitions"}
 _STRING_KEYS = {"minLength", "maxLength"}
 _ARRAY_KEYS = {"items", "prefixItems", "minItems", "maxItems"}
 # Longer lists have rules of their own: each repeat within a terminal would be another state of the lexer.
-_MAX_REPEATS = 8
+_MAX_REPEATS = 128
 _OBJECT_KEYS = {"properties", "required", "additionalProperties", "minProperties", "maxProperties"}
 _SHAPE_KEYS = {"anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
 _KEYS_BY_TYPE = {

@@ -75,6 +75,9 @@ class OutputStream:
     def feed(self, text: str, token_id: int | None = None) -> list[OutputEvent]:
         """The events that became certain with this piece of text.
 
+        A block's calls come whole, and when the block ends: until then, quotes that close later may change what the
+        calls before were (`[f(a='x'), g(b='` may go on as `y')]` or as `) is all')]`).
+
         Args:
             text: a piece of the answer, cut anywhere.
             token_id: the token it came from; a marker's token counts as the marker even if its text was left out.

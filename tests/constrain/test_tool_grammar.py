@@ -227,7 +227,7 @@ def test_required_needs_a_tool() -> None:
 MIXED = [
     {"anyOf": [{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"type": "object"}]},
     {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "array"}, {"type": "string"}]},
-    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 20}, "minItems": 1},
+    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 130}, "minItems": 1},
 ]
 
 
@@ -243,8 +243,8 @@ MIXED = [
         ('["x", [1]]', [False, True, False]),
         ('"x"', [False, True, False]),
         ("[[1], [], [2, 3]]", [False, True, True]),
-        (f"[{[1] * 20}]", [False, True, True]),
-        (f"[{[1] * 21}]", [False, True, False]),
+        (f"[{[1] * 130}]", [False, True, True]),
+        (f"[{[1] * 131}]", [False, True, False]),
     ],
 )
 def test_alternatives_that_begin_alike_are_all_open(
