@@ -1,0 +1,163 @@
+"""The server as a process: starting, signals, certificates, the log, a graceful end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from conftest import PATIENCE_S, TINY, Running, new_service, running, wait_until
+
+from lfm_mlx.errors import OptionError
+from lfm_mlx.server import bind
+from lfm_mlx.server.__main__ import command, model_names
+from lfm_mlx.server.access import read_keys
+from lfm_mlx.server.request_log import JsonLines
+
+SECRET = "What is the capital of Wonderland?"
+
+
+class Stream:
+    """A stream that is read in a thread until its end."""
+
+    def __init__(self, served: Running, **fields: Any) -> None:
+        never = {str(token_id): -100 for token_id in served.service.tokenizer.stop_ids}
+        messages = [{"role": "user", "content": "Say hello."}]
+        self._body = {"messages": messages, "stream": True, "temperature": 2.0, "logit_bias": never, **fields}
+        self._url = f"{served.url}/v1/chat/completions"
+        self.lines: list[str] = []
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+        wait_until(lambda: len(self.lines) > 3)
+
+    def _read(self) -> None:
+        with (
+            httpx.Client(timeout=PATIENCE_S) as client,
+            client.stream("POST", self._url, json=self._body) as response,
+        ):
+            self.lines.extend(line for line in response.iter_lines() if line.startswith("data: "))
+
+
+def test_answers_are_finished_before_the_end() -> None:
+    with running(new_service(), shutdown_timeout_s=PATIENCE_S) as one:
+        stream = Stream(one, max_tokens=30)
+        one.server.should_exit = True
+        stream.thread.join(PATIENCE_S)
+        assert stream.lines[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in stream.lines[-2]
+
+
+def test_answers_that_take_too_long_are_told_so_in_the_end() -> None:
+    with running(new_service(), shutdown_timeout_s=0.1) as one:
+        stream = Stream(one, max_tokens=4000)
+        one.server.should_exit = True
+        stream.thread.join(PATIENCE_S)
+        assert "shutting_down" in stream.lines[-1]
+        wait_until(lambda: not one.service.engine.is_alive)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OptionError, match=f"127.0.0.1:{port} cannot be listened on"):
+            bind("127.0.0.1", port)
+
+
+def test_names_of_folders_and_repos() -> None:
+    assert model_names(str(TINY), ["mine", "mine"]) == ("tiny", str(TINY), "mine")
+    assert model_names("LiquidAI/LFM2.5-8B-A1B") == ("LiquidAI/LFM2.5-8B-A1B",)
+
+
+def test_keys_are_lines() -> None:
+    assert read_keys(["a\n\n # b\n c \n", "", "d"]) == ("a", "c", "d")
+
+
+@pytest.mark.parametrize("logs_prompts", [True, False])
+def test_the_log_has_prompts_only_where_asked(logs_prompts: bool, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lfm_mlx.server")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.DEBUG, logger.name)
+    try:
+        with running(new_service(logs_prompts=logs_prompts)) as one:
+            answer = one.chat(SECRET, max_tokens=2)
+            one.chat(SECRET, max_tokens="x")
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    assert any(SECRET in json.dumps(line) for line in lines) == logs_prompts
+    logged = next(line for line in lines if line.get("id") == answer.headers["x-request-id"])
+    assert (logged["method"], logged["path"], logged["status"]) == ("POST", "/v1/chat/completions", 200)
+
+
+@contextlib.contextmanager
+def process(*options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and where it says that it is."""
+    arguments = [sys.executable, "-m", "lfm_mlx.server", "--model", str(TINY), "--port", "0", *options]
+    with subprocess.Popen(
+        arguments, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        try:
+            assert started.stdout is not None
+            yield started, started.stdout.readline().split()[-1]
+        finally:
+            started.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_well(number: signal.Signals, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nsesame\n")
+    with process("--api-key-file", str(keys), "--alias", "mine", LFM_MLX_API_KEY="other") as (started, url):
+        for key in ("sesame", "other"):
+            names = httpx.get(f"{url}/v1/models", headers={"x-api-key": key}, timeout=PATIENCE_S).json()["data"]
+            assert [name["id"] for name in names] == ["tiny", str(TINY), "mine"]
+        assert httpx.get(f"{url}/v1/models", timeout=PATIENCE_S).status_code == 401
+        started.send_signal(number)
+        _, log = started.communicate(timeout=PATIENCE_S)
+        assert started.returncode == 0
+    events = [json.loads(line) for line in log.splitlines()]
+    assert [line["status"] for line in events if line["event"] == "request"] == [200, 200, 401]
+    assert events[-1]["event"] == "closing"
+    assert "sesame" not in log
+
+
+def test_a_certificate_is_served(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not here to make a certificate")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert), "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([openssl, *made, *names], check=True, capture_output=True)
+    with process("--tls-cert", str(cert), "--tls-key", str(key)) as (_, url):
+        assert url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(cert))
+        assert httpx.get(f"{url}/health", verify=context, timeout=PATIENCE_S).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-key", str(TINY / "config.json")], "expected both"),
+        (["--api-key-file", str(TINY / "nothing")], "cannot be read"),
+        (["--max-rows", "0"], "max-rows"),
+        (["--host", "256.0.0.1"], "cannot be listened on"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_loading(options: list[str], message: str) -> None:
+    done = CliRunner().invoke(command, ["--model", str(TINY), "--port", "0", *options])
+    assert message in f"{done.output} {done.exception}"
+    assert done.exit_code in (1, 2)
