@@ -102,11 +102,11 @@ class FusedKernel:
                 )
             return False
         case = self.case_of(*arguments)
-        return case is not None and self.verdict(case).permits(is_forced=wish.is_forced)
+        return case is not None and self.verdict(case, wish.is_forced).permits(is_forced=wish.is_forced)
 
-    def verdict(self, case: Case) -> Verdict:
-        """What was found on this device; at first use the kernel is tried out."""
-        return verdict_of(self, case)
+    def verdict(self, case: Case, is_forced: bool) -> Verdict:
+        """What was found on this device; at first use the kernel is tried out, as `verdict_of` says."""
+        return verdict_of(self, case, is_forced)
 
 
 def has_metal() -> bool:

@@ -35,7 +35,7 @@ TOLERANCES = {mx.float32: 1e-5, mx.float16: 2.0**-9, mx.bfloat16: 2.0**-6}
 SLOWER = 1.05
 """From this ratio of times on a kernel counts as slower; below is noise."""
 
-_CALLS, _REPEATS = 20, 5
+_MOST_CALLS, _CALLS_S, _REPEATS = 20, 0.01, 5
 
 
 class Case(Protocol):
@@ -81,10 +81,15 @@ class Verdict:
 
 
 @functools.cache
-def verdict_of(kernel: Any, case: Any) -> Verdict:
+def verdict_of(kernel: Any, case: Any, is_forced: bool) -> Verdict:
     """The verdict on a kernel in a case: from the file of earlier verdicts, else from a trial, which is remembered.
 
-    A kernel that is left out is told once, as a `RuntimeWarning`.
+    After a trial that does not permit the kernel, a `RuntimeWarning` says so.
+
+    Args:
+        kernel: a `FusedKernel`.
+        case: a case of it.
+        is_forced: whether the kernel is to run even if it is slower.
     """
     place, key = environment(), f"{kernel.name} {case} {_digest(kernel.source)}"
     known = _read_verdicts().get(place, {}).get(key)
@@ -92,7 +97,7 @@ def verdict_of(kernel: Any, case: Any) -> Verdict:
         return known
     verdict = try_out(kernel, case)
     _remember(place, key, verdict)
-    if not verdict.permits(is_forced=False):
+    if not verdict.permits(is_forced=is_forced):
         warnings.warn(describe(kernel, case, verdict), RuntimeWarning, stacklevel=2)
     return verdict
 
@@ -175,14 +180,15 @@ def _first_problem(kernel: Kernel, case: Case) -> str | None:
 def _time_us(function: Callable[..., Any], arguments: Sequence[Any]) -> float:
     """The fastest of a few runs of many calls, in microseconds a call."""
 
-    def run() -> float:
+    def run(num_calls: int) -> float:
         started = time.perf_counter()
-        results = [function(*arguments) for _ in range(_CALLS)]
+        results = [function(*arguments) for _ in range(num_calls)]
         mx.eval([array for array in dict(tree_flatten(results)).values() if isinstance(array, mx.array)])
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / num_calls
 
-    run()  # warms up, and compiles
-    return min(run() for _ in range(_REPEATS)) / _CALLS * 1e6
+    run(1)  # warms up, and compiles
+    num_calls = max(1, min(_MOST_CALLS, int(_CALLS_S / run(1))))
+    return min(run(num_calls) for _ in range(_REPEATS)) * 1e6
 
 
 def _digest(source: str) -> str:
