@@ -2,6 +2,7 @@
 
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.host_time import ask_host_time
+from lfm_mlx.bench.kernel_trials import ask_kernel_trials
 from lfm_mlx.bench.launch_count import ask_launches
 from lfm_mlx.bench.mask_time import ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
@@ -14,6 +15,7 @@ __all__ = [
     "Subject",
     "ask_decode_speed",
     "ask_host_time",
+    "ask_kernel_trials",
     "ask_launches",
     "ask_mask_time",
     "ask_memory",

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lfm_mlx.bench.conversion_cost import ask_conversion_cost
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.host_time import ask_host_time
+from lfm_mlx.bench.kernel_trials import ask_kernel_trials
 from lfm_mlx.bench.launch_count import ask_launches
 from lfm_mlx.bench.mask_time import MIN_VOCAB_SIZE, VOCAB_SIZE, ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
@@ -82,8 +84,21 @@ def group(context: click.Context) -> None:
 @subject_options(LARGE_SHAPES)
 @click.option("--contexts", **NUMBERS, help="Tokens that a single row has seen.")
 @click.option("--batch-sizes", **NUMBERS, help="Numbers of rows.")
-def kernels(contexts: tuple[int, ...] | None, batch_sizes: tuple[int, ...] | None, **named: Any) -> None:
+@click.option("--verify", is_flag=True, help="Try our fused kernels out on this device instead: right? faster?")
+@click.pass_context
+def kernels(
+    context: click.Context,
+    /,
+    contexts: tuple[int, ...] | None,
+    batch_sizes: tuple[int, ...] | None,
+    verify: bool,
+    **named: Any,
+) -> None:
     """Kernel launches a token, counted from the graph; runs nothing and needs no weights."""
+    if verify:
+        _refuse_others(context, "verify")
+        _finish(ask_kernel_trials())
+        return
     subject = _subject(LARGE_SHAPES, **named)
     _finish(ask_launches(subject, **_given(contexts=contexts, batch_sizes=batch_sizes)))
 
@@ -213,6 +228,18 @@ def _subject(
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_others(context: click.Context, name: str) -> None:
+    """Refuse options that the option `name` leaves without a meaning."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name != name
+        and context.get_parameter_source(str(parameter.name)) not in (ParameterSource.DEFAULT, None)
+    ]
+    if given:
+        raise click.UsageError(f"--{name} takes no other options, found {', '.join(given)}; leave out one or the other")
 
 
 def _finish(report: Report) -> None:

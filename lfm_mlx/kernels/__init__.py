@@ -10,7 +10,7 @@ from lfm_mlx.kernels.elementwise import combine_experts, gated_conv, rank_expert
 from lfm_mlx.kernels.expert_router import ROUTER, Routing, route
 from lfm_mlx.kernels.metal_kernel import MetalKernel
 from lfm_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
-from lfm_mlx.kernels.verdict import Verdict
+from lfm_mlx.kernels.verdict import Verdict, tried_again
 
 FUSED_KERNELS = (ADD_NORM, COMBINE_NORM, QK_NORM_ROPE, ROUTER)
 """Every fused kernel, beside the stock operations that it replaces."""
@@ -43,5 +43,6 @@ __all__ = [
     "rank_experts",
     "route",
     "silu_multiply",
+    "tried_again",
     "weigh_experts",
 ]

@@ -41,7 +41,10 @@ _MOST_CALLS, _CALLS_S, _REPEATS = 20, 0.01, 5
 class Case(Protocol):
     """What `lfm_mlx.kernels.choice.Case` is to a trial."""
 
-    dtype: mx.Dtype
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the activations."""
+        ...
 
 
 class Kernel(Protocol):
@@ -91,14 +94,19 @@ def verdict_of(kernel: Any, case: Any, is_forced: bool) -> Verdict:
         case: a case of it.
         is_forced: whether the kernel is to run even if it is slower.
     """
-    place, key = environment(), f"{kernel.name} {case} {_digest(kernel.source)}"
-    known = _read_verdicts().get(place, {}).get(key)
+    known = _read_verdicts().get(environment(), {}).get(_key(kernel, case))
     if known is not None:
         return known
-    verdict = try_out(kernel, case)
-    _remember(place, key, verdict)
+    verdict = tried_again(kernel, case)
     if not verdict.permits(is_forced=is_forced):
         warnings.warn(describe(kernel, case, verdict), RuntimeWarning, stacklevel=2)
+    return verdict
+
+
+def tried_again(kernel: Any, case: Any) -> Verdict:
+    """A new trial, whatever was found before; it is remembered for the next process."""
+    verdict = try_out(kernel, case)
+    _remember(environment(), _key(kernel, case), verdict)
     return verdict
 
 
@@ -191,8 +199,8 @@ def _time_us(function: Callable[..., Any], arguments: Sequence[Any]) -> float:
     return min(run(num_calls) for _ in range(_REPEATS)) * 1e6
 
 
-def _digest(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
+def _key(kernel: Kernel, case: Case) -> str:
+    return f"{kernel.name} {case} {hashlib.sha256(kernel.source.encode()).hexdigest()[:12]}"
 
 
 def _read_verdicts() -> dict[str, dict[str, Verdict]]:

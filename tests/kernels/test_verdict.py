@@ -32,7 +32,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, kernel_us: float, reference_us: float
 
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel normalise without its eps."""
+    """Let the kernel weigh groups of four values alike."""
     source = SOURCE_OF_ADD_NORM.source.replace("weight[first + i]", "weight[first]")
     monkeypatch.setattr(SOURCE_OF_ADD_NORM, "source", source)
 
