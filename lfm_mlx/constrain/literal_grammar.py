@@ -227,8 +227,9 @@ class LiteralGrammar:
         return True
 
     def _object(self, own: Mapping[str, Any]) -> str:
-        members = self.members(own)
-        return self._rules.rule(sequence(self._rules, '"{"', members, '"}"')) if members else self._map(own)
+        if not property_schemas(own):
+            return self._map(own)
+        return self._rules.rule(sequence(self._rules, '"{"', self.members(own), '"}"'))
 
     def members(self, own: Mapping[str, Any]) -> list[Member]:
         """The named properties of an object in order."""

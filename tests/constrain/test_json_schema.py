@@ -8,7 +8,7 @@ import pytest
 from drawing import accepts_text, answers
 from schema_cases import CASES, REFUSED
 
-from lfm_mlx.constrain import GrammarTokenizer, JsonObject, JsonSchema
+from lfm_mlx.constrain import GrammarTokenizer, JsonObject, JsonSchema, ToolCalls
 from lfm_mlx.errors import OptionError
 from lfm_mlx.tokenizer import Tokenizer
 
@@ -38,6 +38,28 @@ def test_exactly_the_valid_instances_are_accepted(
     for instance in instances:
         text = json.dumps(instance, ensure_ascii=False)
         assert accepts_text(constraint, vocabulary, tokenizer, text) == is_valid(schema, instance), text
+
+
+OF_ARGUMENTS = [(schema, instances) for schema, instances in CASES if "$ref" not in json.dumps(schema)]
+
+
+@pytest.mark.parametrize(("schema", "instances"), OF_ARGUMENTS, ids=[json.dumps(one)[:70] for one, _ in OF_ARGUMENTS])
+def test_no_argument_of_a_tool_is_invalid(
+    schema: Any, instances: list[Any], vocabulary: GrammarTokenizer, tokenizer: Tokenizer
+) -> None:
+    """The writer for calls is another one; keys that are not named are not offered there."""
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    tools = [{"name": "f", "parameters": parameters}]
+    constraint = ToolCalls(tools, tool_choice="required", reasoning="forbidden", form="json")
+    for instance in instances:
+        arguments = json.dumps({"x": instance}, ensure_ascii=False)
+        text = f'<|tool_call_start|>[{{"name": "f", "arguments": {arguments}}}]<|tool_call_end|>'
+        is_open = (
+            isinstance(schema, dict) and isinstance(instance, dict) and instance.keys() - schema.get("properties", {})
+        )
+        is_accepted = accepts_text(constraint, vocabulary, tokenizer, text)
+        assert is_accepted <= is_valid(schema, instance), text
+        assert is_accepted or is_open or not is_valid(schema, instance), text
 
 
 def test_the_table_has_valid_and_invalid_instances() -> None:
