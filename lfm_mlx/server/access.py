@@ -14,13 +14,14 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lfm_mlx.server.chat_page import STATIC_PREFIX
 from lfm_mlx.server.http_errors import ApiError, as_api_error, dialect_of
 from lfm_mlx.server.metrics import Metrics
 from lfm_mlx.server.settings import ServerSettings
 from lfm_mlx.server.sse import ClientGoneError
 
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready"})
-"""What needs no key."""
+"""What needs no key; nor do the files of the chat page, which asks for one itself."""
 
 CLIENT_GONE = 499
 """The status in the log of a request whose client went away; nobody receives it."""
@@ -86,7 +87,7 @@ class Access:
                 status=403,
                 code="origin_refused",
             )
-        if self._key_hashes and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+        if self._key_hashes and not _is_open(scope["path"]) and scope["method"] != "OPTIONS":
             given = _digest(_given_key(headers))
             matches = [hmac.compare_digest(given, known) for known in self._key_hashes]
             if not any(matches):
@@ -114,7 +115,7 @@ class Access:
         route: Any = scope.get("route")
         path = getattr(route, "path", "unknown")
         self._metrics.count_http(scope["method"], path, status)
-        level = logging.DEBUG if path in OPEN_PATHS else logging.INFO
+        level = logging.DEBUG if _is_open(path) else logging.INFO
         fields = {
             "id": scope["request_id"],
             "method": scope["method"],
@@ -130,6 +131,10 @@ def read_keys(texts: Sequence[str]) -> tuple[str, ...]:
     """The keys in some texts, one a line; empty lines and those with # in front are none."""
     lines = [line.strip() for text in texts for line in text.splitlines()]
     return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(STATIC_PREFIX)
 
 
 def _digest(key: str) -> bytes:

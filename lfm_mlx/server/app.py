@@ -18,6 +18,7 @@ from lfm_mlx.server.access import Access
 from lfm_mlx.server.anthropic_fields import COUNT, MESSAGES
 from lfm_mlx.server.anthropic_messages import count_tokens, messages
 from lfm_mlx.server.chat_completions import CHAT, chat_completions
+from lfm_mlx.server.chat_page import show_page, show_static
 from lfm_mlx.server.endpoint import request_id
 from lfm_mlx.server.health import health, live, ready, show_metrics
 from lfm_mlx.server.http_errors import ApiError, as_api_error, dialect_of
@@ -43,6 +44,8 @@ ENDPOINTS = [
     Endpoint(path="/health/live", handler=live),
     Endpoint(path="/health/ready", handler=ready),
     Endpoint(path="/metrics", handler=show_metrics, media_type="text/plain"),
+    Endpoint(path="/", handler=show_page, media_type="text/html"),
+    Endpoint(path="/static/{name}", handler=show_static, media_type="text/*"),
 ]
 """All that the server answers."""
 
