@@ -19,14 +19,15 @@ from lfm_mlx.terminal import format_bytes, run
 
 from .conversion import ConversionResult, Progress, convert
 from .job import Job, planned_size
-from .manifest import check_manifest
+from .manifest import add_to_manifest, check_manifest
+from .quality import FILES, MAX_TOKENS, measure_quality, read_set, write_report
 from .quantize import DTYPES
 from .recipes import LARGE_CONFIG, RECIPES, ROUNDINGS, UNQUANTIZED, Recipe, recipe_named, uniform_recipe
 from .staging import find_progress
 
 
 @click.group(name="convert", invoke_without_command=True, context_settings={"max_content_width": 110})
-@click.option("--model", metavar="SRC", help="Folder or repo id of the checkpoint.  [required]")
+@click.option("--model", metavar="SRC", help="Folder or repo id of the checkpoint, or a GGUF file.  [required]")
 @click.option("--out", metavar="DST", help="Folder to make.  [required]")
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6 or 8 in mode affine.  [default: 4]")
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 64]")
@@ -42,6 +43,7 @@ from .staging import find_progress
 @click.option("--resume", is_flag=True, help="Go on with an interrupted conversion to DST.")
 @click.option("--requantize", is_flag=True, help="Accept a source that is quantised already.")
 @click.option("--jobs", type=int, help="Processes that share the work.  [default: the machine's cores]")
+@click.option("--report", "with_report", is_flag=True, help="Measure what was lost; see the command report.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 @click.pass_context
 def command(
@@ -57,6 +59,7 @@ def command(
     revision: str | None,
     subfolder: str | None,
     offline: bool,
+    with_report: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -72,7 +75,10 @@ def command(
     if model is None or out is None:
         raise click.UsageError(f"Missing option '--{'model' if model is None else 'out'}'")
     chosen = _recipe(bits, group_size, mode, recipe, no_quantize)
-    source = fetch(model, revision=revision, subfolder=subfolder, offline=offline)
+    if model.endswith(".gguf") and Path(model).expanduser().is_file():
+        source = Path(model).expanduser()
+    else:
+        source = fetch(model, revision=revision, subfolder=subfolder, offline=offline)
     with _ended_by_signals(out), _progress_bar(is_shown=not quiet) as progress:
         tell = None if quiet else (lambda job: click.echo(plan_line(job), err=True))
         result = convert(source, out, recipe=chosen, on_plan=tell, progress=progress, **options)
@@ -80,6 +86,8 @@ def command(
         click.echo(f"note: {note}", err=True)
     if not quiet:
         click.echo(_summary(result))
+    if with_report:
+        write_quality(source, result.folder, None, MAX_TOKENS)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -104,6 +112,35 @@ def recipes(model: str | None) -> None:
         click.echo(
             f"{recipe.name:12} {num_bits:6.3f} bits per weight {format_bytes(num_bytes):>9}  {recipe.description}"
         )
+
+
+@command.command()
+@click.argument("source", metavar="SRC", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.option("--evaluation", type=click.Path(path_type=Path), help="JSON with texts and conversations of your own.")
+@click.option("--max-tokens", type=click.IntRange(1), default=MAX_TOKENS, show_default=True, help="Of an answer.")
+def report(source: Path, folder: Path, evaluation: Path | None, max_tokens: int) -> None:
+    """Compare OUT with the unquantised SRC and write QUALITY.md, quality.json and quality.svg into it."""
+    write_quality(source.resolve(), folder.resolve(), evaluation, max_tokens)
+
+
+def write_quality(source: Path, folder: Path, evaluation: Path | None, max_tokens: int) -> None:
+    """Measure, write the report, and say the result in a line."""
+    chosen = read_set(evaluation)
+    quality = measure_quality(
+        source,
+        folder,
+        evaluation=chosen,
+        max_tokens=max_tokens,
+        tell=lambda line: click.echo(f"report: {line}", err=True),
+    )
+    write_report(quality, folder)
+    add_to_manifest(folder, FILES)
+    click.echo(
+        f"{folder / FILES[0]}: KL {quality.text.kl_mean:.5f} on text"
+        + (f", {quality.answers.kl_mean:.5f} on answers with tools" if quality.answers else "")
+        + (f", {quality.calls.num_alike} of {quality.calls.num_calling} tool calls the same" if quality.calls else "")
+    )
 
 
 @command.command(name="verify")

@@ -15,6 +15,7 @@ from lfm_mlx.errors import ConversionError, LfmError, OptionError
 from lfm_mlx.types import check_integer
 
 from .feed import Feed, LocalFeed
+from .gguf_source import GgufSource
 from .hashing import Hasher
 from .job import Job, describe
 from .journal import Journal
@@ -22,8 +23,8 @@ from .manifest import write_manifest
 from .piecework import digest_of
 from .quantize import DTYPES
 from .recipes import Recipe, recipe_named
-from .segments import CheckpointSource
-from .sidecars import config_json, copy_sidecars, find_sidecars
+from .segments import CheckpointSource, WeightSource
+from .sidecars import config_json, copy_sidecars, find_sidecars, write_sidecars
 from .staging import check_destination, check_space, find_progress, staged, tidy
 from .tasks import TASK_BYTES, Task
 from .verify import verify
@@ -96,7 +97,7 @@ def convert(
     An interrupted conversion leaves a folder beside `out` from which `resume` goes on.
 
     Args:
-        source: a checkpoint with Hugging Face's or MLX's names.
+        source: a checkpoint with Hugging Face's or MLX's names, or a GGUF file.
         out: the folder to make; its parents are made too.
         recipe: how each matrix is stored, or the name of such a recipe, or the path of a recipe file.
         dtype: type of unquantised tensors and of affine scales; None takes ``torch_dtype`` of config.json and, where
@@ -131,15 +132,19 @@ def convert(
     try:
         notes = tidy(out, keep_progress=resume)
         check_destination(source, out, force=force)
-        checkpoint = _open_source(source, requantize=requantize)
-        job = Job(CheckpointSource(checkpoint), chosen, dtype=dtype, shard_bytes=shard_bytes, task_bytes=task_bytes)
-        sidecars = find_sidecars(source)
+        weights = _open_source(source, requantize=requantize)
+        job = Job(weights, chosen, dtype=dtype, shard_bytes=shard_bytes, task_bytes=task_bytes)
+        root = source if source.is_dir() else source.parent
+        sidecars = find_sidecars(root) if source.is_dir() else []
+        if isinstance(weights, GgufSource) and weights.block_types:
+            lost = ", ".join(weights.block_types)
+            notes.append(f"{source} holds {lost}: precision that was lost there does not come back")
         if not resume or find_progress(out) is None:
-            needed = job.num_bytes + sum((source / file).stat().st_size for file in sidecars) + _SPARE_BYTES
+            needed = job.num_bytes + sum((root / file).stat().st_size for file in sidecars) + _SPARE_BYTES
             check_space(out, needed)
         if on_plan is not None:
             on_plan(job)
-        run = _Run(job, source, out, LocalFeed(source, checkpoint.files))
+        run = _Run(job, root, LocalFeed(root, weights.files))
         with staged(out, resume=resume, keeps=_can_go_on) as folder:
             run.fill(folder, sidecars, _num_workers(job, jobs), progress)
     except OSError as error:
@@ -163,7 +168,9 @@ def convert(
     )
 
 
-def _open_source(source: Path, *, requantize: bool) -> Checkpoint:
+def _open_source(source: Path, *, requantize: bool) -> WeightSource:
+    if source.is_file() and source.suffix == ".gguf":
+        return GgufSource(source)
     if not source.is_dir():
         raise ConversionError(f"{source}: no such folder, expected a checkpoint with config.json and safetensors files")
     checkpoint = Checkpoint(source)
@@ -173,7 +180,7 @@ def _open_source(source: Path, *, requantize: bool) -> Checkpoint:
             f"{source}: is quantised already ({stored.default.bits} bits, {stored.default.mode}), expected full "
             "precision; convert the original checkpoint, or accept the loss with --requantize (requantize=True)"
         )
-    return checkpoint
+    return CheckpointSource(checkpoint)
 
 
 def _num_workers(job: Job, jobs: int | None) -> int:
@@ -191,10 +198,9 @@ def _can_go_on(error: BaseException) -> bool:
 class _Run:
     """One attempt at a job."""
 
-    def __init__(self, job: Job, source: Path, out: Path, feed: Feed) -> None:
+    def __init__(self, job: Job, source: Path, feed: Feed) -> None:
         self.job = job
         self.source = source
-        self.out = out
         self.feed = feed
         self.num_resumed = 0
 
@@ -214,7 +220,9 @@ class _Run:
         for shard in job.shards:
             _sync(folder / shard.file)
         write_index(folder, job.shards, job.num_parameters)
-        copy_sidecars(self.source, folder, list(sidecars))
+        copy_sidecars(self.source, folder, sidecars)
+        if isinstance(job.source, GgufSource):
+            write_sidecars(folder, job.source.sidecars())
         config = config_json(job.source.config, job.recipe.default, job.overrides(), job.dtype)
         write_json(folder / "config.json", config)
         verify(folder, job.planned)

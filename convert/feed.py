@@ -33,7 +33,7 @@ class LocalFeed:
 
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self.folder = folder
-        names = [folder / "config.json", *files]
+        names = [*files, *folder.glob("config.json")]
         self.identity: dict[str, Any] = {str(file.relative_to(folder)): _stamp(file) for file in names}
 
     def ensure(self, file: Path) -> None:

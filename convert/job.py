@@ -142,7 +142,12 @@ def planned_size(config: ModelConfig, recipe: Recipe) -> tuple[int, float]:
         },
     )
     num_bytes = sum(tensor.num_bytes for tensor in planned)
-    return num_bytes, 8 * num_bytes / sum(math.prod(shape) for shape in shapes.values())
+    return num_bytes, 8 * num_bytes / values_in(config)
+
+
+def values_in(config: ModelConfig) -> int:
+    """Values of the unquantised model."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
 def describe(job: Job) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def write_manifest(
         inputs: bytes and SHA-256 of its weights' files by name.
         options: recipe and types.
     """
-    small = {str(file): _entry(source / file) for file in [Path("config.json"), *sidecars]}
+    small = {str(file): _entry(source / file) for file in [Path("config.json"), *sidecars] if (source / file).is_file()}
     read = {**small, **inputs}
     write_json(
         folder / NAME,
@@ -47,6 +47,16 @@ def write_manifest(
             "files": _entries(folder),
         },
     )
+
+
+def add_to_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Enter files that were written after the conversion; nothing happens where there is no manifest."""
+    manifest = read_json_object(folder / NAME)
+    if manifest is not None:
+        manifest["files"] = dict(
+            sorted({**manifest["files"], **{name: _entry(folder / name) for name in names}}.items())
+        )
+        write_json(folder / NAME, manifest)
 
 
 def check_manifest(folder: Path) -> int:

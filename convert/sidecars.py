@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,19 @@ def find_sidecars(source: Path) -> list[Path]:
     return sorted({path.relative_to(source) for path in found})
 
 
-def copy_sidecars(source: Path, folder: Path, files: list[Path]) -> None:
+def copy_sidecars(source: Path, folder: Path, files: Sequence[Path]) -> None:
     """Copy `files`, relative to `source`, into `folder`; links are followed (the hub's cache consists of them)."""
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, folder / file)
         sync(folder / file)
+
+
+def write_sidecars(folder: Path, made: Mapping[str, bytes]) -> None:
+    """Write files that were made rather than copied."""
+    for name, data in made.items():
+        (folder / name).write_bytes(data)
+        sync(folder / name)
 
 
 def config_json(

@@ -76,6 +76,23 @@ def build_model(
     return model
 
 
+def build_embedding(config: ModelConfig, weights: Weights, dtype: mx.Dtype) -> Embedding:
+    """The embedding alone, not evaluated; arguments as for `build_model`."""
+    return Embedding(_Builder(config, weights, dtype).table(EMBEDDING))
+
+
+def build_layer(config: ModelConfig, weights: Weights, dtype: mx.Dtype, layer: int) -> Block:
+    """One layer alone, not evaluated; arguments as for `build_model`."""
+    return _Builder(config, weights, dtype).block(layer)
+
+
+def build_head(config: ModelConfig, weights: Weights, dtype: mx.Dtype) -> tuple[Norm, AnyLinear | Embedding]:
+    """The final norm and what turns its result into logits, not evaluated; arguments as for `build_model`."""
+    builder = _Builder(config, weights, dtype)
+    norm = Norm(builder.plain(FINAL_NORM), config.norm_eps)
+    return norm, Embedding(builder.table(EMBEDDING)) if config.tie_embeddings else builder.matrix(HEAD)
+
+
 def _evaluate(module: Embedding | Block | Norm | AnyLinear) -> int:
     arrays = list(dict(tree_flatten(module.parameters())).values())
     mx.eval(arrays)
