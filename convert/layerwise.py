@@ -76,11 +76,10 @@ class Step:
 
 def step_through(block: Block, x: mx.array) -> Step:
     """Run one layer over a whole sequence (1, L, D)."""
-    span = Span.make((0,), x.shape[1])
-    normed = block.operator_norm(x)
-    mixed = x + block.operator(normed, None, span)
+    summed = x + block.operator(block.operator_norm(x), None, Span.make((0,), x.shape[1]))
+    normed = block.ffn_norm(summed)
     experts = None
     if isinstance(block.feed_forward, MoE):
-        chosen, _ = block.feed_forward.route(block.ffn_norm(mixed)[0])
-        experts = mx.sort(chosen.astype(mx.int32), axis=-1)
-    return Step(block.feed(mixed), experts)
+        experts = mx.sort(block.feed_forward.route(normed[0]).experts.astype(mx.int32), axis=-1)
+    hidden, _ = block.feed_forward(normed, summed, block.operator_norm)  # the norm behind it is not wanted
+    return Step(hidden, experts)
