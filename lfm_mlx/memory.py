@@ -166,6 +166,29 @@ def largest_context(
     return low
 
 
+def row_capacity(num_tokens: int) -> int:
+    """Tokens that buffers are made for when a row has so many: at most a quarter more, so that copying stays rare."""
+    step = max(GROWTH_TOKENS, 1 << max(num_tokens.bit_length() - 3, 0))
+    return -(-num_tokens // step) * step
+
+
+def row_bytes(config: ModelConfig, num_tokens: int, *, kv_bits: int | None, dtype: mx.Dtype) -> int:
+    """Bytes that a row of so many tokens holds in an engine: keys, values and convolution rows."""
+    num_attention = len(config.attention_layers)
+    num_conv = config.num_layers - num_attention
+    kv_bytes = num_attention * row_capacity(num_tokens) * kv_bytes_per_token(config, kv_bits, dtype)
+    return kv_bytes + num_conv * (config.conv_taps - 1) * config.hidden_size * dtype.size
+
+
+def rows_budget_bytes(config: ModelConfig, available_bytes: int, *, dtype: mx.Dtype, max_rows: int) -> int:
+    """What an engine's rows may hold together out of so many bytes, beside loaded weights and working memory."""
+    chunk_bytes = prefill_chunk_tokens(config, dtype) * activation_bytes_per_token(config, dtype)
+    working = chunk_bytes + max_rows * config.vocab_size * 4 * 3 + LIVE_SCORE_ARRAYS * SCORE_BYTES
+    # A growing cache exists twice, layer by layer.
+    num_attention = max(len(config.attention_layers), 1)
+    return max(available_bytes - working, 0) * num_attention // (num_attention + 1)
+
+
 def kv_bytes_per_token(config: ModelConfig, kv_bits: int | None, dtype: mx.Dtype) -> int:
     """Bytes that one token leaves in one attention layer."""
     width = config.head_dim

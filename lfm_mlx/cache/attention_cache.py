@@ -98,9 +98,14 @@ class AttentionCache(ABC):
             filled.append(mx.concatenate([*arrays, spare], axis=2))
         self.arrays = tuple(filled)
 
-    def keep(self, rows: mx.array) -> None:
-        """Keep only these rows of the batch, in this order; `rows` holds int32 indices."""
-        self.arrays = tuple(array[rows] for array in self.arrays)
+    def keep(self, rows: mx.array, capacity: int | None = None) -> None:
+        """Keep only these rows of the batch, in this order; `rows` holds int32 indices.
+
+        Args:
+            rows: the rows.
+            capacity: tokens a row has room for afterwards, where that is less than now.
+        """
+        self.arrays = tuple(array[:, :, :capacity][rows] for array in self.arrays)
 
     def join(self, other: AttentionCache) -> None:
         """Append the rows of another batch, padding the shorter buffers."""

@@ -103,6 +103,11 @@ class State:
         return sum(array.nbytes for array in self.arrays)
 
     @property
+    def capacity(self) -> int:
+        """Tokens a row has room for until buffers have to grow; all it can take where there is no attention."""
+        return min((layer.capacity for layer in self.attentions), default=self.max_context)
+
+    @property
     def convolutions(self) -> list[ConvState]:
         """The convolution layers, in order."""
         return [layer for layer in self.layers if isinstance(layer, ConvState)]
@@ -226,12 +231,20 @@ class State:
         """Drop a mark that is no longer needed."""
         self._marks.remove(mark)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order; marks and checkpoints are gone."""
+    def keep(self, rows: Sequence[int], capacity: int | None = None) -> None:
+        """Keep only these rows, in this order; marks and checkpoints are gone.
+
+        Args:
+            rows: the rows.
+            capacity: tokens a row has room for afterwards, where that is less than now; at least its length.
+        """
         self._drop_places()
         index = mx.array(list(rows), dtype=mx.int32)
         for layer in self.layers:
-            layer.keep(index)
+            if isinstance(layer, AttentionCache):
+                layer.keep(index, capacity)
+            else:
+                layer.keep(index)
         self.lengths = tuple(self.lengths[row] for row in rows)
 
     def join(self, other: State) -> None:

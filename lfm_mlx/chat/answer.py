@@ -12,7 +12,7 @@ from lfm_mlx.chat.messages import RenderedPrompt
 from lfm_mlx.chat.reader import AnswerReader
 from lfm_mlx.chat.reply import Usage
 from lfm_mlx.constrain import Constraint, Matcher, ToolCalls, grammar_tokenizer
-from lfm_mlx.engine import Engine, EngineThread, Request, Row
+from lfm_mlx.engine import Engine, EngineThread, Request, Row, TokenLogprob
 from lfm_mlx.engine.control import Control, ReasoningTokens
 from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import room_for_answer
@@ -20,7 +20,7 @@ from lfm_mlx.model import Model
 from lfm_mlx.parsing import OutputStream, ParsedOutput, StopStrings, collect
 from lfm_mlx.parsing.loop_guard import LoopGuard
 from lfm_mlx.tokenizer import Tokenizer, special
-from lfm_mlx.types import FinishReason, OutputEvent, SamplingParams, Tool, check_integer
+from lfm_mlx.types import FinishReason, OutputEvent, SamplingParams, Tool, check_integer, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class AnswerOptions:
         constraint: what the answer must be; None leaves it to the model.
         thinking_budget: most tokens of reasoning; None sets no limit.
         guards_loops: whether an answer that goes round in circles is ended.
+        top_logprobs: how many of the likeliest tokens `Answer.logprobs` has beside each token; None: it has nothing.
+        time_limit_s: seconds after which the answer ends, waiting included; None sets no limit.
     """
 
     sampling: SamplingParams | None = None
@@ -42,12 +44,18 @@ class AnswerOptions:
     constraint: Constraint | None = None
     thinking_budget: int | None = None
     guards_loops: bool = True
+    top_logprobs: int | None = None
+    time_limit_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, minimum=1)
         if self.thinking_budget is not None:
             check_integer("thinking_budget", self.thinking_budget, minimum=0)
+        if self.top_logprobs is not None:
+            check_integer("top_logprobs", self.top_logprobs, minimum=0)
+        if self.time_limit_s is not None:
+            check_number("time_limit_s", self.time_limit_s, minimum=0)
         StopStrings(self.stop)
 
 
@@ -107,6 +115,8 @@ class Answer(Iterator[OutputEvent]):
             transcript=transcript,
             border_ids=_ids_of(tokenizer, special.TURN_START, special.THINK_START),
             call_ids=_ids_of(tokenizer, special.TOOL_CALL_START),
+            top_logprobs=options.top_logprobs,
+            time_limit_s=options.time_limit_s,
         )
         self._engine = Engine(model) if engine is None else None
         self._has_news = threading.Event()
@@ -170,6 +180,14 @@ class Answer(Iterator[OutputEvent]):
     def error(self) -> Exception | None:
         """What went wrong, where `finish_reason` is "error"."""
         return self._row.error
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Of the tokens of the answer's text so far, reasoning and calls included, in order.
+
+        A stop token is not among them, nor are tokens behind the place where a stop string begins.
+        """
+        return self._row.logprobs[: self._reader.num_shown]
 
     @property
     def is_cut(self) -> bool:

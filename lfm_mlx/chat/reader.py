@@ -39,6 +39,7 @@ class AnswerReader:
         self._stops = stops
         self._stop_ids = stop_ids
         self._events: deque[OutputEvent] = deque()
+        self._widths: list[int] = []  # Characters that became final with each token.
 
     def mask(self) -> PackedMask | None:
         """The tokens the grammar allows next; None allows all."""
@@ -48,11 +49,18 @@ class AnswerReader:
         """The tokens that have to come next."""
         return self.control.forced()
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether there is a grammar."""
+        return self.control.has_mask
+
     def observe(self, token_id: int) -> FinishReason | None:
         """Read a token; returns why the row has to end with it, or None."""
         wish = self.control.observe(token_id)
         if token_id not in self._stop_ids:
-            self._events.extend(self._passed(self._output.feed(self._detokenizer.add(token_id), token_id)))
+            text = self._detokenizer.add(token_id)
+            self._widths.append(len(text))
+            self._events.extend(self._passed(self._output.feed(text, token_id)))
         return "stop" if self._stops.is_found else wish
 
     def take(self) -> list[OutputEvent]:
@@ -70,6 +78,16 @@ class AnswerReader:
     def stop_string(self) -> str | None:
         """The stop string that was found."""
         return self._stops.found
+
+    @property
+    def num_shown(self) -> int:
+        """Tokens of the text so far: without a stop token, and without those that lie behind its end altogether."""
+        widths = self._widths
+        count, dropped = len(widths), self._stops.num_dropped
+        while dropped and count and widths[count - 1] <= dropped:
+            dropped -= widths[count - 1]
+            count -= 1
+        return count
 
     @property
     def is_reasoning(self) -> bool:

@@ -77,6 +77,11 @@ class Control:
         return None
 
     @property
+    def has_mask(self) -> bool:
+        """Whether there is a grammar."""
+        return self.matcher is not None
+
+    @property
     def is_cut(self) -> bool:
         """Whether an answer that ends now would be cut off inside a structure."""
         return self.matcher is not None and not self.matcher.is_complete

@@ -2,150 +2,315 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from lfm_mlx.cache import State, Transcript
-from lfm_mlx.engine.batch import Batch, draw
+from lfm_mlx.cache import PrefixCache, State
+from lfm_mlx.engine.batch import Batch
+from lfm_mlx.engine.pace import Pace
+from lfm_mlx.engine.prompt_run import PromptRun
 from lfm_mlx.engine.request import Request, Row
-from lfm_mlx.errors import OptionError
-from lfm_mlx.memory import prefill_chunk_tokens
+from lfm_mlx.engine.scheduler import Chunk, Scheduler
+from lfm_mlx.errors import MemoryPlanError, OptionError
+from lfm_mlx.memory import prefill_chunk_tokens, row_bytes, row_capacity
 from lfm_mlx.model import Model
-from lfm_mlx.sampling import Sampler
 from lfm_mlx.step import stepper_of
+
+_log = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Times that a row may be computed again because a step of several rows failed."""
 
 
 class Engine:
     """Runs requests on one model; call `step` until nothing is left.
 
+    An exception ends the row it belongs to with the reason "error" and is kept in `Row.error`. Where a step of several
+    rows fails, they are computed again, each alone at first: so the one it belongs to is found.
+
     Args:
         model: the model.
         max_rows: rows decoded together; further requests wait.
         kv_bits: 8 or 4 to quantise keys and values; None takes the model's setting.
+        memory_bytes: what the rows may hold together; None sets no limit.
+        prefix_cache: what earlier rows have computed; of the same model and `kv_bits`.
+
+    Attributes:
+        num_sent_back: rows that lost their place because memory ran short.
+        num_restarted: rows that were computed again because a step failed.
 
     An engine belongs to one thread; several engines may share a model.
     """
 
-    def __init__(self, model: Model, *, max_rows: int = 1, kv_bits: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_rows: int = 1,
+        kv_bits: int | None = None,
+        memory_bytes: int | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         self.model = model
         self.max_rows = max_rows
         self.kv_bits = kv_bits if kv_bits is not None else model.kv_bits
+        self.prefix_cache = prefix_cache
+        self.num_sent_back = 0
+        self.num_restarted = 0
         self._stepper = stepper_of(model)
-        self._waiting: deque[Row] = deque()
-        self._prefilling: tuple[Row, Iterator[Batch | None]] | None = None
+        self._scheduler = Scheduler(max_rows=max_rows, budget_bytes=memory_bytes, bytes_of=self.bytes_of)
+        self._pace = Pace(prefill_chunk_tokens(model.config, model.dtype))
+        self._rows: dict[int, Row] = {}
+        self._numbers: dict[Row, int] = {}
+        self._prompts: dict[int, PromptRun] = {}
+        self._failures: dict[int, int] = {}
+        self._num_submitted = 0
         self._batch: Batch | None = None
+        self._checkpoints: dict[Row, dict[int, mx.array]] = {}
 
-    def submit(self, request: Request) -> Row:
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the rows may hold together; it may be changed while they run. None sets no limit."""
+        return self._scheduler.budget_bytes
+
+    @memory_bytes.setter
+    def memory_bytes(self, memory_bytes: int | None) -> None:
+        self._scheduler.budget_bytes = memory_bytes
+
+    def bytes_of(self, num_tokens: int) -> int:
+        """Bytes that a row of so many tokens holds."""
+        return row_bytes(self.model.config, num_tokens, kv_bits=self.kv_bits, dtype=self.model.dtype)
+
+    def submit(self, request: Request, on_progress: Callable[[], None] | None = None) -> Row:
         """Queue a request; the row that is returned shows how far it has come.
 
         Raises:
             OptionError: the sampling options do not fit the model, or a transcript is to share a batch.
+            MemoryPlanError: the row would hold more than `memory_bytes`.
         """
         if request.transcript is not None and self.max_rows > 1:
             raise OptionError(
                 f"transcript was given and max_rows is {self.max_rows}, expected 1: rows of a batch share one state; "
                 "use an engine of its own for this request"
             )
-        row = Row(request, self.model.config.vocab_size)
+        self.check_fits(len(request.prompt) + request.max_tokens)
+        row = Row(request, self.model.config.vocab_size, on_progress)
         self.add(row)
         return row
 
     def add(self, row: Row) -> None:
-        """Queue a row, made in whatever thread, of a request without transcript."""
-        self._waiting.append(row)
+        """Queue a row that was made in whatever thread, and that `check_fits`."""
+        number = self._num_submitted
+        self._num_submitted += 1
+        self._rows[number] = row
+        self._numbers[row] = number
+        self._scheduler.add(number, len(row.request.prompt))
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Raise MemoryPlanError if a row of so many tokens could never run."""
+        if not self._scheduler.fits_alone(num_tokens):
+            raise MemoryPlanError(
+                f"{num_tokens:,} tokens need {self.bytes_of(num_tokens) / 1e9:.3f} GB, expected at most "
+                f"{(self.memory_bytes or 0) / 1e9:.3f} GB, which is what the engine's rows may hold; ask for fewer "
+                "tokens, or start with more memory or --kv-bits"
+            )
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is left."""
-        return not self._waiting and self._prefilling is None and self._batch is None
+        return not self._rows
+
+    @property
+    def num_running(self) -> int:
+        """Rows that have a place: their prompt is being computed, or they are decoded."""
+        return self._scheduler.num_admitted
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self._scheduler.num_waiting
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of keys, values and convolution rows that are held for rows."""
+        held = sum(run.state.num_bytes for run in list(self._prompts.values()))
+        batch = self._batch  # Another thread may ask.
+        return held + (batch.state.num_bytes if batch is not None else 0)
 
     def step(self) -> None:
         """One chunk of one prompt, if one is waiting, and one token of every row that is decoded."""
         with self._stepper.lock:
-            self._drop_cancelled()
-            self._take_in_prompt()
+            self._drop_ended()
+            places = self._scheduler.assign()
+            for number in places.sent_back:
+                self.num_sent_back += 1
+                self._take_place(number)
+            for number in places.admitted:
+                self._guarded(number, self._begin)
+            started_s = time.perf_counter()
+            is_decoding = self._batch is not None
+            chunk = self._scheduler.next_chunk(self._pace.max_chunk(is_decoding=is_decoding))
+            if chunk is not None:
+                self._guarded(chunk.number, lambda number: self._compute(number, chunk))
             if self._batch is not None:
-                self._batch.step(self._stepper)
-                self._release_finished()
+                self._decode(self._batch)
+            if is_decoding:
+                self._pace.note(time.perf_counter() - started_s, chunk.num_tokens if chunk is not None else 0)
 
-    def _take_in_prompt(self) -> None:
-        num_rows = len(self._batch.rows) if self._batch is not None else 0
-        if self._prefilling is None and self._waiting and num_rows < self.max_rows:
-            row = self._waiting.popleft()
-            self._prefilling = (row, self._prefill(row))
-        if self._prefilling is None:
+    def _drop_ended(self) -> None:
+        """Let go of rows that were cancelled, or whose time is over, wherever they are."""
+        for row in self._rows.values():
+            row.check()
+        if self._batch is not None:
+            self._release(self._batch)
+        for number in [number for number, row in self._rows.items() if row.finish_reason is not None]:
+            if (run := self._prompts.get(number)) is not None:
+                self._store(run.keep_prefix)
+            self._forget(number)
+
+    def _guarded(self, number: int, action: Callable[[int], None]) -> None:
+        """What concerns one row alone, and ends it where it fails."""
+        try:
+            action(number)
+        except Exception as error:  # noqa: BLE001  # Whatever it is, the other rows have nothing to do with it.
+            self._rows[number].end("error", error)
+            self._forget(number)
+
+    def _begin(self, number: int) -> None:
+        """Give a row its state, with what an earlier one has computed."""
+        row = self._rows[number]
+        capacity = row_capacity(row.num_tokens + 1)
+        run = PromptRun(row, self.new_state(), capacity, self.prefix_cache)
+        self._prompts[number] = run
+        self._scheduler.note_reused(number, run.num_computed)
+
+    def _compute(self, number: int, chunk: Chunk) -> None:
+        run = self._prompts[number]
+        self._scheduler.note_computed(number, run.compute(self._stepper, chunk.num_tokens))
+        if not run.is_done:
             return
-        _, chunks = self._prefilling
-        ready = next(chunks)
-        if ready is None:
-            return
-        self._prefilling = None
-        if self._batch is None:
+        self._store(run.keep_prefix)
+        ready = run.finish(self._stepper)
+        del self._prompts[number]
+        row = run.row
+        if number in self._failures:  # It was there when a step failed: does it fail alone?
+            ready.step(self._stepper)
+            self._scheduler.note_generated(number, row.num_tokens)
+        self._checkpoints[row] = {}
+        if row.finish_reason is not None:
+            self._finish(row, ready, 0)
+        elif self._batch is None:
             self._batch = ready
         else:
-            self._batch.join(ready)
+            self._join(self._batch, ready)
 
-    def _prefill(self, row: Row) -> Iterator[Batch | None]:
-        """Compute a row's prompt; None after each chunk but the last, then the row as a batch of its own."""
-        request = row.request
-        transcript = request.transcript or Transcript(self.new_state())
-        state, row.cached_tokens = transcript.state, transcript.reuse(request.prompt)
-        state.reserve(len(request.prompt) + 1, planned_len=len(request.prompt) + request.max_tokens)
-        hidden = None
-        for start, stop in self._pieces(request, row.cached_tokens):
-            if hidden is not None:
-                yield None
-            piece = list(request.prompt[start:stop])
-            hidden = self._stepper.extend(state, mx.array([piece], dtype=mx.int32))
-            transcript.record(piece)
-            if request.transcript is not None:
-                transcript.mark()
-        assert hidden is not None
-        sampler = Sampler([row.sampling], self.model.config.vocab_size)
-        sampler_state = sampler.start([request.prompt])
-        ids = draw([row], self.model.head(hidden), sampler, sampler_state)
-        mx.async_eval(ids, sampler_state)
-        yield Batch(row, state, sampler, sampler_state, ids)
+    def _join(self, batch: Batch, ready: Batch) -> None:
+        try:
+            batch.join(ready)
+        except Exception as error:  # noqa: BLE001
+            self._restart([*batch.rows, *(row for row in ready.rows if row not in batch.rows)], error)
 
-    def _pieces(self, request: Request, start: int) -> Iterator[tuple[int, int]]:
-        """Ranges of prompt tokens to compute at once: chunks, cut at message borders where these are marked."""
-        prompt, size = request.prompt, prefill_chunk_tokens(self.model.config, self.model.dtype)
-        is_marked = request.transcript is not None
-        borders = [i for i in range(start + 1, len(prompt)) if is_marked and prompt[i] in request.border_ids]
-        for border in [*borders, len(prompt)]:
-            while start < border:
-                yield start, min(start + size, border)
-                start = min(start + size, border)
+    def _decode(self, batch: Batch) -> None:
+        try:
+            self._make_room(batch)
+            batch.step(self._stepper)
+            self._note_steps(batch)
+        except Exception as error:  # noqa: BLE001
+            self._restart(batch.rows, error)
+        else:
+            self._release(batch)
+
+    def _make_room(self, batch: Batch) -> None:
+        """Grow buffers to what the scheduler counts with, instead of by half."""
+        needed = max(batch.state.lengths) + 1
+        if needed > batch.state.capacity and batch.rows[0].request.transcript is None:
+            capacity = row_capacity(needed)
+            batch.state.reserve(capacity, planned_len=capacity)
+
+    def _note_steps(self, batch: Batch) -> None:
+        made: list[mx.array] = []
+        for i, row in enumerate(batch.rows):
+            self._scheduler.note_generated(self._numbers[row], row.num_tokens)
+            if row.request.transcript is not None:
+                if row.has_called:
+                    row.request.transcript.mark_answer()
+            elif self.prefix_cache is not None and row.generated:
+                length = batch.state.lengths[i]
+                if length % self.prefix_cache.block_tokens == 0 or row.generated[-1] in row.request.call_ids:
+                    self._checkpoints[row][length] = batch.state.checkpoint(i)
+                    made.append(self._checkpoints[row][length])
+        mx.async_eval(made)
+
+    def _release(self, batch: Batch) -> None:
+        """Let go of the rows of a batch that ended, with the room that only they needed."""
+        going_on = [i for i, row in enumerate(batch.rows) if row.finish_reason is None]
+        for i, row in enumerate(batch.rows):
+            if i not in going_on:
+                self._finish(row, batch, i)
+        self._keep(batch, going_on)
+
+    def _keep(self, batch: Batch, rows: list[int]) -> None:
+        if not rows:
+            self._batch = None
+        elif len(rows) < len(batch.rows):
+            batch.keep(rows, row_capacity(max(batch.state.lengths[i] for i in rows) + 1))
+
+    def _finish(self, row: Row, batch: Batch, index: int) -> None:
+        """Keep what an ended row has computed, for those who asked for it, and forget it."""
+        num_consumed = batch.state.lengths[index]
+        consumed = row.ids[:num_consumed]
+        transcript = row.request.transcript
+        if transcript is not None:
+            transcript.record(consumed[len(transcript.ids) :])
+        elif self.prefix_cache is not None and row.error is None:
+            checkpoints = self._checkpoints[row] | {num_consumed: batch.state.checkpoint(index)}
+            self._store(lambda cache: cache.insert(consumed, batch.state, index, checkpoints))
+        self._forget(self._numbers[row])
+
+    def _store(self, action: Callable[[PrefixCache], None]) -> None:
+        """Keep something for later rows; where that fails, the present ones have nothing to do with it."""
+        if self.prefix_cache is None:
+            return
+        try:
+            action(self.prefix_cache)
+        except Exception as error:  # noqa: BLE001
+            self.prefix_cache.clear()
+            _log.warning("the prefix cache was emptied: storing a row failed: %r", error)
+
+    def _forget(self, number: int) -> None:
+        row = self._rows.pop(number)
+        del self._numbers[row]
+        self._prompts.pop(number, None)
+        self._failures.pop(number, None)
+        self._checkpoints.pop(row, None)
+        self._scheduler.remove(number)
+
+    def _take_place(self, number: int) -> None:
+        """Drop what a row holds; it waits, and is computed again later."""
+        row = self._rows[number]
+        self._prompts.pop(number, None)
+        self._checkpoints.pop(row, None)
+        if self._batch is not None and row in self._batch.rows:
+            self._keep(self._batch, [i for i, other in enumerate(self._batch.rows) if other is not row])
+
+    def _restart(self, rows: list[Row], error: Exception) -> None:
+        """A step of these rows failed, and nobody knows what their state is: they are computed again, or end."""
+        self._batch = None
+        for row in rows:
+            number = self._numbers[row]
+            count = self._failures[number] = self._failures.get(number, 0) + 1
+            if row.finish_reason is None and len(rows) > 1 and count <= MAX_FAILURES:
+                self.num_restarted += 1
+                self._prompts.pop(number, None)
+                self._checkpoints.pop(row, None)
+                self._scheduler.send_back(number)
+                continue
+            row.end("error", error)
+            self._forget(number)
 
     def new_state(self) -> State:
         """A state of one row that has seen nothing."""
         return self.model.new_state(kv_bits=self.kv_bits)
-
-    def _release_finished(self) -> None:
-        batch = self._batch
-        assert batch is not None
-        for i, row in enumerate(batch.rows):
-            if row.finish_reason is not None:
-                self._complete_transcript(row, batch.state.lengths[i])
-        going_on = [i for i, row in enumerate(batch.rows) if row.finish_reason is None]
-        if going_on:
-            batch.keep(going_on)
-        else:
-            self._batch = None
-
-    def _complete_transcript(self, row: Row, num_consumed: int) -> None:
-        """Note the generated tokens that the row's state has consumed."""
-        transcript = row.request.transcript
-        if transcript is not None:
-            written = [*row.request.prompt, *row.generated]
-            transcript.record(written[len(transcript.ids) : num_consumed])
-
-    def _drop_cancelled(self) -> None:
-        for row in [row for row in self._waiting if row.is_cancelled]:
-            row.end("cancelled")
-            self._waiting.remove(row)
-        if self._prefilling is not None and self._prefilling[0].is_cancelled:
-            self._prefilling[0].end("cancelled")
-            self._prefilling = None

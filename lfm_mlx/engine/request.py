@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from lfm_mlx.cache import Transcript
+from lfm_mlx.errors import OptionError
 from lfm_mlx.sampling import check_bias, fresh_seed
-from lfm_mlx.types import FinishReason, SamplingParams
+from lfm_mlx.types import FinishReason, SamplingParams, check_integer, check_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,26 @@ class RowControl(Protocol):
         """Take note of the token that came; returns why the row ends with it, or None to go on."""
         ...
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether `mask` may ever be other than None: then drawing has to wait for the token before."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """What the model itself thought of a token: before bias, mask, penalties and temperature.
+
+    Args:
+        token_id: the token that came.
+        logprob: its natural log-probability.
+        top: the likeliest tokens with theirs, best first, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -49,6 +70,9 @@ class Request:
         border_ids: tokens in front of which the transcript is marked: where messages begin.
         call_ids: tokens of the answer from which on the transcript is marked at every one: where calls begin, which a
             template may write in another form.
+        top_logprobs: how many of the likeliest tokens to report beside every token's own log-probability; 0 reports
+            only its own, None nothing.
+        time_limit_s: seconds after which the row ends, waiting included; None sets no limit.
     """
 
     prompt: Sequence[int]
@@ -59,6 +83,14 @@ class Request:
     transcript: Transcript | None = None
     border_ids: frozenset[int] = frozenset()
     call_ids: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_logprobs is not None:
+            check_integer("top_logprobs", self.top_logprobs, minimum=0)
+        if self.time_limit_s is not None:
+            check_number("time_limit_s", self.time_limit_s, minimum=0)
 
 
 class Row:
@@ -73,6 +105,7 @@ class Row:
         request: what was asked.
         sampling: how tokens are drawn, with the seed in use.
         generated: the tokens so far, a stop token included.
+        logprobs: of each of them, where the request asks for it.
         finish_reason: why it ended; None while it goes on.
         error: what went wrong, where that is why it ended.
         cached_tokens: prompt tokens that did not have to be computed.
@@ -81,16 +114,19 @@ class Row:
         started_s, first_s, last_s: `time.perf_counter` at its making, at the first token, and at the latest change.
 
     Raises:
-        OptionError: logit_bias names a token outside the vocabulary.
+        OptionError: logit_bias names a token outside the vocabulary, or top_logprobs more tokens than it has.
     """
 
     def __init__(self, request: Request, vocab_size: int, on_progress: Callable[[], None] | None = None) -> None:
         check_bias(request.sampling, vocab_size)
+        if (request.top_logprobs or 0) > vocab_size:
+            raise OptionError(f"top_logprobs is {request.top_logprobs}, expected at most the vocabulary's {vocab_size}")
         seed = request.sampling.seed
         self.request = request
         self.sampling = replace(request.sampling, seed=fresh_seed() if seed is None else seed)
         self.on_progress = on_progress
         self.generated: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.cached_tokens = 0
@@ -111,8 +147,19 @@ class Row:
         assert self.sampling.seed is not None
         return self.sampling.seed
 
-    def take(self, token_id: int) -> None:
-        """Note a generated token and whether the row ends with it."""
+    def take(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Note a generated token and whether the row ends with it.
+
+        An exception of the control ends the row, and no other.
+        """
+        try:
+            self._take(token_id, logprob)
+        except Exception as error:  # noqa: BLE001  # Whatever it is, the other rows have nothing to do with it.
+            self.end("error", error)
+
+    def _take(self, token_id: int, logprob: TokenLogprob | None) -> None:
+        if logprob is not None:
+            self.logprobs.append(logprob)
         self.generated.append(token_id)
         self.has_called = self.has_called or token_id in self.request.call_ids
         self.has_news = True
@@ -136,6 +183,29 @@ class Row:
             self.last_s = time.perf_counter()
             self.has_news = True
             self.finish_reason = reason  # Last: who sees it in another thread sees all the rest.
+
+    def check(self) -> None:
+        """End the row if it was cancelled or its time is over."""
+        limit_s = self.request.time_limit_s
+        if self.is_cancelled:
+            self.end("cancelled")
+        elif limit_s is not None and time.perf_counter() - self.started_s >= limit_s:
+            self.end("time_limit")
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether its next token cannot be drawn before the last one was looked at."""
+        return self.request.control is not None and self.request.control.has_mask
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer so far."""
+        return [*self.request.prompt, *self.generated]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.request.prompt) + len(self.generated)
 
     @property
     def is_at_last_token(self) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lfm_mlx.cache import PrefixCache
 from lfm_mlx.engine.engine import Engine
 from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError
-from lfm_mlx.memory import room_for_answer
+from lfm_mlx.memory import available_bytes, row_bytes, rows_budget_bytes
 from lfm_mlx.model import Model
+from lfm_mlx.types import check_integer
+
+_log = logging.getLogger(__name__)
 
 ASSUMED_SERVICE_S = 2.0
 """How long a request is taken to last while none has ended yet."""
@@ -24,7 +29,11 @@ class EngineCounters:
     Args:
         num_running: rows with a prompt that is being computed, or that are decoded.
         num_waiting: requests that have not begun.
+        held_bytes: what these rows hold on the device.
+        memory_bytes: what they may hold together now.
         num_requests, num_finished, num_failed, num_cancelled, num_refused: requests since the start.
+        num_sent_back: times that a row lost its place because memory ran short, to be computed again.
+        num_restarted: times that a row was computed again because a step failed.
         prompt_tokens: tokens of the prompts of finished requests.
         cached_tokens: those of them that did not have to be computed.
         generated_tokens: tokens of the answers of finished requests.
@@ -32,11 +41,15 @@ class EngineCounters:
 
     num_running: int = 0
     num_waiting: int = 0
+    held_bytes: int = 0
+    memory_bytes: int = 0
     num_requests: int = 0
     num_finished: int = 0
     num_failed: int = 0
     num_cancelled: int = 0
     num_refused: int = 0
+    num_sent_back: int = 0
+    num_restarted: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -50,13 +63,31 @@ class EngineThread:
         max_rows: rows decoded together.
         max_waiting: requests that may wait; one more is refused.
         kv_bits: 8 or 4 to quantise keys and values; None takes the model's setting.
+        memory_bytes: what the rows may hold together; None takes what is free now, less working memory and what the
+            prefix cache may come to hold. Where less is free later, they hold less.
+        prefix_cache: what earlier rows have computed; of the same model and `kv_bits`. It is the engine's from now on.
     """
 
-    def __init__(self, model: Model, *, max_rows: int = 16, max_waiting: int = 128, kv_bits: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_rows: int = 16,
+        max_waiting: int = 128,
+        kv_bits: int | None = None,
+        memory_bytes: int | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         self.model = model
         self.max_rows = max_rows
         self.max_waiting = max_waiting
-        self._engine = Engine(model, max_rows=max_rows, kv_bits=kv_bits)
+        self.kv_bits = kv_bits if kv_bits is not None else model.kv_bits
+        self.prefix_cache = prefix_cache
+        if memory_bytes is None:
+            kept = prefix_cache.max_bytes if prefix_cache is not None else 0
+            memory_bytes = self._budget_of(available_bytes() - kept)
+        self.memory_bytes = memory_bytes
+        self._engine = self._new_engine()
         self._changed = threading.Condition()
         self._arrived: list[Row] = []
         self._rows: list[Row] = []
@@ -66,17 +97,48 @@ class EngineThread:
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
         self._tokens = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         self._service_s = ASSUMED_SERVICE_S
+        self._checked_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lfm-engine", daemon=True)
         self._thread.start()
 
-    @property
-    def kv_bits(self) -> int | None:
-        """Bits of keys and values; None: as computed."""
-        return self._engine.kv_bits
+    def _new_engine(self) -> Engine:
+        return Engine(
+            self.model,
+            max_rows=self.max_rows,
+            kv_bits=self.kv_bits,
+            memory_bytes=self.memory_bytes,
+            prefix_cache=self.prefix_cache,
+        )
+
+    def _budget_of(self, free_bytes: int) -> int:
+        return rows_budget_bytes(self.model.config, free_bytes, dtype=self.model.dtype, max_rows=self.max_rows)
 
     def room_for_answer(self, prompt_len: int, max_tokens: int | None) -> int:
-        """Tokens an answer may have; see `lfm_mlx.memory.room_for_answer`."""
-        return room_for_answer(self.model, prompt_len, max_tokens, kv_bits=self.kv_bits)
+        """Tokens an answer may have: what was asked for, or else as many as context and memory hold.
+
+        Raises:
+            MemoryPlanError: what was asked for, or a single token, could not even run alone.
+        """
+        room = self.model.max_context - prompt_len
+        wanted = min(max_tokens or room, room)
+        if self._row_bytes(prompt_len + wanted) <= self.memory_bytes:
+            return wanted
+        low, high = 0, wanted
+        while low < high and max_tokens is None:
+            middle = (low + high + 1) // 2
+            fits = self._row_bytes(prompt_len + middle) <= self.memory_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if low:
+            return low
+        needed = prompt_len + (1 if max_tokens is None else wanted)
+        raise MemoryPlanError(
+            f"{needed:,} tokens need {self._row_bytes(needed) / 1e9:.3f} GB, expected at most "
+            f"{self.memory_bytes / 1e9:.3f} GB, which is what the engine's rows may hold; ask for fewer tokens, or "
+            "start with more memory or --kv-bits"
+        )
+
+    def _row_bytes(self, num_tokens: int) -> int:
+        return row_bytes(self.model.config, num_tokens, kv_bits=self.kv_bits, dtype=self.model.dtype)
 
     def submit(self, request: Request, on_progress: Callable[[], None] | None = None) -> Row:
         """Queue a request; the row that is returned shows how far it has come.
@@ -97,6 +159,7 @@ class EngineThread:
             raise OptionError("transcript was given, expected none: rows of a shared engine have no state of their own")
         try:
             self.model.checked_prompt(request.prompt)
+            check_integer("max_tokens", request.max_tokens, minimum=1)
             self.room_for_answer(len(request.prompt), request.max_tokens)
             row = Row(request, self.model.config.vocab_size, on_progress)
             with self._changed:
@@ -128,11 +191,15 @@ class EngineThread:
     @property
     def counters(self) -> EngineCounters:
         """Numbers for a monitor; they are consistent enough for that."""
-        num_rows = len(self._rows)
-        num_running = min(num_rows, self.max_rows)
+        engine = self._engine
+        num_running = engine.num_running
         return EngineCounters(
             num_running=num_running,
-            num_waiting=num_rows - num_running,
+            num_waiting=max(len(self._rows) - num_running, 0),
+            held_bytes=engine.held_bytes,
+            memory_bytes=engine.memory_bytes or 0,
+            num_sent_back=engine.num_sent_back,
+            num_restarted=engine.num_restarted,
             num_requests=self._num_requests,
             num_refused=self._num_refused,
             **{f"num_{name}": count for name, count in self._ended.items()},
@@ -163,10 +230,31 @@ class EngineThread:
                         return
                     self._changed.wait()
                 arrived, self._arrived = self._arrived, []
+            self._work(arrived)
+            self._tell()
+
+    def _work(self, arrived: list[Row]) -> None:
+        try:
             for row in arrived:
                 self._engine.add(row)
+            self._follow_memory()
             self._engine.step()
-            self._tell()
+        except Exception as error:  # noqa: BLE001
+            # The engine keeps failures to the rows they belong to; this one is nobody's, or its own.
+            _log.exception("the engine failed and is started again")
+            for row in self._rows:
+                row.end("error", error)
+            self._engine = self._new_engine()
+
+    def _follow_memory(self) -> None:
+        """Once a second, see how much memory other programs have left."""
+        now_s = time.monotonic()
+        if now_s - self._checked_s >= 1.0:
+            self._checked_s = now_s
+            cache = self.prefix_cache
+            promised = max(cache.max_bytes - cache.num_bytes, 0) if cache is not None else 0
+            free = self._engine.held_bytes + self._budget_of(available_bytes() - promised)
+            self._engine.memory_bytes = min(self.memory_bytes, free)
 
     def _tell(self) -> None:
         """Call back for every row that changed, and let go of those that ended."""
@@ -178,8 +266,8 @@ class EngineThread:
                 try:
                     row.on_progress()
                 except Exception as error:  # noqa: BLE001  # The caller's fault must not end everybody's engine.
-                    row.cancel()
-                    row.error = error
+                    row.on_progress = None
+                    row.end("error", error)
 
     def _count(self, row: Row) -> None:
         with self._changed:

@@ -77,6 +77,8 @@ class TokenStream(Iterator[Token]):
             self._engine.step()
         if len(row.generated) == self._num_taken or self._engine is None:
             self._end(row.finish_reason)
+            if row.error is not None:
+                raise row.error
             raise StopIteration
         token_id = row.generated[self._num_taken]
         self._num_taken += 1

@@ -15,6 +15,10 @@ class StopStrings:
 
     Raises:
         OptionError: a stop is not a string, or is empty.
+
+    Attributes:
+        found: the stop string that came, or None.
+        num_dropped: characters from its beginning on, to the end of the text that was added last.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -25,6 +29,7 @@ class StopStrings:
         self._stops = tuple(listed)
         self._held = ""
         self.found: str | None = None
+        self.num_dropped = 0
 
     @property
     def is_found(self) -> bool:
@@ -41,6 +46,7 @@ class StopStrings:
         if found is not None:
             end, at = found
             self.found = text[at:end]
+            self.num_dropped = len(text) - at
             self._held = ""
             return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)

@@ -11,14 +11,16 @@ HALF_STEP = 2.0**-33
 """Half the distance between the smallest uniform numbers of MLX; it keeps zero out of the logarithm."""
 
 
-def seed_keys(seeds: Sequence[int]) -> mx.array:
-    """The (B, 2) uint32 key of the first token of each row, from seeds of up to 64 bits.
+def seed_keys(seeds: Sequence[int], counts: Sequence[int] | None = None) -> mx.array:
+    """The (B, 2) uint32 key of each row's next token, from seeds of up to 64 bits and how many tokens were drawn.
 
     Seeds are scattered first (SplitMix64, one to one), so that neighbouring seeds never share a key within 2**32 tokens
     except by a chance of about 2**-64 a token.
     """
     mixed = [scatter_bits(seed) for seed in seeds]
-    return mx.array([[number & 0xFFFFFFFF, number >> 32] for number in mixed], dtype=mx.uint32)
+    drawn = counts if counts is not None else [0] * len(mixed)
+    words = [[(number + count) & 0xFFFFFFFF, number >> 32] for number, count in zip(mixed, drawn, strict=True)]
+    return mx.array(words, dtype=mx.uint32)
 
 
 def next_keys(keys: mx.array) -> mx.array:

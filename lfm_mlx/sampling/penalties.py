@@ -34,13 +34,21 @@ def latest_tokens(tokens: Sequence[int], window: int) -> Sequence[int]:
     return tokens[-window:] if window else tokens
 
 
-def start_ring(prompts: Sequence[Sequence[int]], windows: Sequence[int], vocab_size: int) -> mx.array:
-    """The windows at the end of the prompts, oldest first, each row padded to the longest window: (B, N) uint32."""
+def start_ring(
+    prompts: Sequence[Sequence[int]],
+    windows: Sequence[int],
+    vocab_size: int,
+    answers: Sequence[Sequence[int]] | None = None,
+) -> mx.array:
+    """The windows behind the prompts, and the answers so far, each row padded to the longest window: (B, N) uint32."""
     longest = max(windows)
     rings = []
-    for prompt, window in zip(prompts, windows, strict=True):
+    for prompt, window, answer in zip(prompts, windows, answers or [()] * len(prompts), strict=True):
         tokens = list(latest_tokens(prompt, window)) if window else []
-        rings.append([vocab_size] * (window - len(tokens)) + tokens + [vocab_size] * (longest - window))
+        ring = [vocab_size] * (window - len(tokens)) + tokens
+        for t in range(max(len(answer) - window, 0), len(answer) if window else 0):
+            ring[t % window] = answer[t]
+        rings.append(ring + [vocab_size] * (longest - window))
     return mx.array(rings, dtype=mx.uint32)
 
 

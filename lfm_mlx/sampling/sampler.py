@@ -85,26 +85,33 @@ class Sampler:
         """The seed of each row, given or drawn."""
         return tuple(one.seed for one in self.params if one.seed is not None)
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> State:
-        """The state before the first token.
+    def start(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] | None = None) -> State:
+        """The state before the next token.
 
         Args:
             prompts: the token ids of each row's prompt, all of it, whatever part came from a prefix cache.
+            answers: what each row has generated so far, for rows that go on; None: nothing.
 
         Raises:
-            OptionError: the number of prompts is not that of the rows, or a token is outside the vocabulary.
+            OptionError: the number of prompts or answers is not that of the rows, or a token is outside the vocabulary.
         """
-        self._check_prompts(prompts)
+        written = list(answers) if answers is not None else [()] * self.num_rows
+        self._check_tokens("prompt", prompts)
+        self._check_tokens("answer", written)
         windows = [effective_window(one) for one in self.params]
         state = blank_state(self.features, self.num_rows, self.vocab_size)
         if "keys" in state:
-            state["keys"] = noise.seed_keys(self.seeds)
+            state["keys"] = noise.seed_keys(self.seeds, [len(answer) for answer in written])
         if "context_counts" in state:
-            pairs = zip(prompts, windows, strict=True)
-            latest = [penalties.latest_tokens(prompt, window) for prompt, window in pairs]
+            texts = [[*prompt, *answer] for prompt, answer in zip(prompts, written, strict=True)]
+            latest = [penalties.latest_tokens(text, window) for text, window in zip(texts, windows, strict=True)]
             state["context_counts"] = penalties.count_tokens(latest, self.vocab_size)
+        if "answer_counts" in state:
+            latest = [penalties.latest_tokens(answer, window) for answer, window in zip(written, windows, strict=True)]
+            state["answer_counts"] = penalties.count_tokens(latest, self.vocab_size)
         if "recent" in state:
-            state["recent"] = penalties.start_ring(prompts, windows, self.vocab_size)
+            state["recent"] = penalties.start_ring(prompts, windows, self.vocab_size, written)
+            state["index"] = mx.array([len(answer) for answer in written], dtype=mx.uint32)
         return state
 
     def sample(self, logits: mx.array, state: State, allowed: mx.array | None = None) -> tuple[mx.array, State]:
@@ -155,13 +162,13 @@ class Sampler:
         second = fit_state(other_state, sampler.features, other.num_rows, self.vocab_size)
         return sampler, {name: mx.concatenate([array, second[name]]) for name, array in first.items()}
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        if len(prompts) != self.num_rows:
-            raise OptionError(f"{len(prompts)} prompts were given, expected one for each of {self.num_rows} rows")
-        for row, prompt in enumerate(prompts):
-            if len(prompt) and not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+    def _check_tokens(self, kind: str, rows: Sequence[Sequence[int]]) -> None:
+        if len(rows) != self.num_rows:
+            raise OptionError(f"{len(rows)} {kind}s were given, expected one for each of {self.num_rows} rows")
+        for row, ids in enumerate(rows):
+            if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 raise OptionError(
-                    f"the prompt of row {row} has token ids from {min(prompt)} to {max(prompt)}, "
+                    f"the {kind} of row {row} has token ids from {min(ids)} to {max(ids)}, "
                     f"expected 0 to {self.vocab_size - 1}; does the tokenizer belong to this model?"
                 )
 

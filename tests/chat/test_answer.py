@@ -159,14 +159,14 @@ def test_tokens_that_are_fast_forwarded_are_those_that_steps_would_give(
     options = {"constraint": JsonSchema(SCHEMA, reasoning="forbidden"), "sampling": sampling, "max_tokens": 60}
     fast = finished(answer(**options))
     num_passes = 0
-    decode_step = Batch._step_controlled
+    decode_step = Batch._step_masked
 
     def counted(batch: Batch, stepper: Any) -> None:
         nonlocal num_passes
         num_passes += 1
         decode_step(batch, stepper)
 
-    monkeypatch.setattr(Batch, "_step_controlled", counted)
+    monkeypatch.setattr(Batch, "_step_masked", counted)
     assert finished(answer(**options)).row.generated == fast.row.generated
     num_fast_passes, num_passes = num_passes, 0
     monkeypatch.setattr(Batch, "_fast_forward", lambda batch, stepper, logits: logits)
@@ -176,6 +176,20 @@ def test_tokens_that_are_fast_forwarded_are_those_that_steps_would_give(
     assert num_fast_passes < num_passes
     other = finished(answer(**{**options, "sampling": SamplingParams(temperature=2.0, seed=6)}))
     assert other.row.generated != fast.row.generated
+
+
+def test_log_probabilities_are_those_of_the_tokens_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = scripted_model.tokenizer()
+    text = "<think>Easy.</think>one two STOP three"
+    for stop, shown in ((), text), (("STOP",), "<think>Easy.</think>one two "):
+        Script(monkeypatch, [text])
+        one = finished(answer(stop=stop, top_logprobs=2))
+        ids = [token.token_id for token in one.logprobs]
+        assert tokenizer.decode(ids).startswith(shown.rstrip())
+        assert len(tokenizer.decode(ids[:-1])) < len(shown) <= len(tokenizer.decode(ids))
+        assert all(len(token.top) == 2 and token.logprob <= token.top[0][1] <= 0 for token in one.logprobs)
+    Script(monkeypatch, [text])
+    assert finished(answer()).logprobs == []
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 9])

@@ -209,7 +209,7 @@ class Stopwatch:
         monkeypatch.setattr(Stepper, name, noted)
 
 
-@pytest.mark.parametrize("place", ["extend", "decode"])
+@pytest.mark.parametrize("place", ["extend", "decode_and_sample"])
 def test_a_turn_cancelled_from_another_thread_ends_and_the_next_one_goes_on(
     monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -354,7 +354,9 @@ def test_time_ends_a_turn_in_the_prompt_in_an_answer_and_after_a_tool(monkeypatc
     assert roles(chat) == ["user"]
 
     monkeypatch.setattr("lfm_mlx.engine.engine.prefill_chunk_tokens", lambda config, dtype: 16)
-    chat = scripted_model.chat(time_limit_s=0.2, sampling=SamplingParams(logit_bias={400: 1000.0}), guards_loops=False)
+    looping: dict[str, Any] = {"sampling": SamplingParams(logit_bias={400: 1000.0}), "guards_loops": False}
+    scripted_model.chat(max_tokens=4, **looping).send("warm up")
+    chat = scripted_model.chat(time_limit_s=0.5, **looping)
     started_s = time.monotonic()
     assert chat.send("Hi").finish_reason == "time_limit"
     assert time.monotonic() - started_s < 10

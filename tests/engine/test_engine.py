@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from random_models import tiny_config, tiny_model
 
-from lfm_mlx.cache import Transcript
-from lfm_mlx.engine import Engine, PackedMask, Request, Row
+from lfm_mlx.cache import PrefixCache, Transcript
+from lfm_mlx.engine import Engine, PackedMask, Request, Row, scheduler
 from lfm_mlx.engine.masks import batch_mask
+from lfm_mlx.errors import MemoryPlanError
 from lfm_mlx.model import Model
 from lfm_mlx.types import FinishReason, SamplingParams
 
@@ -36,8 +40,8 @@ def run(engine: Engine, limit: int = 10_000) -> None:
     raise AssertionError("the engine does not become idle")
 
 
-def alone(model: Model, request: Request) -> list[int]:
-    engine = Engine(model)
+def alone(model: Model, request: Request, kv_bits: int | None = None) -> list[int]:
+    engine = Engine(model, kv_bits=kv_bits)
     row = engine.submit(request)
     run(engine)
     return row.generated
@@ -120,6 +124,10 @@ class Script:
         bits[:VOCAB_SIZE:2] = 1
         return np.packbits(bits, bitorder="little").view(np.uint32)
 
+    @property
+    def has_mask(self) -> bool:
+        return True
+
     def forced(self) -> list[int]:
         run = []
         while (token_id := self.forced_at.get(len(self.seen) + len(run))) is not None:
@@ -153,6 +161,175 @@ def test_a_forced_token_counts_for_the_penalties_and_the_drawn_one_does_not(mode
     assert row_ids == [30, 20]  # 30 is penalised now; 20, which would have been drawn first, is not.
     uncontrolled = alone(model, Request(prompt=[5], sampling=sampling, max_tokens=2))
     assert uncontrolled == [20, 30]
+
+
+@pytest.mark.parametrize(("kv_bits", "seed"), [(None, 0), (None, 1), (8, 2)])
+def test_no_row_depends_on_its_neighbours_whatever_they_are(kv_bits: int | None, seed: int) -> None:
+    model = wide_model()
+    order = np.random.default_rng(seed)
+    mixed = [drawn_request(number) for number in range(12)]
+    engine = Engine(model, max_rows=5, kv_bits=kv_bits)
+    rows: list[Row] = []
+    cancelled = set(order.choice(12, 2, replace=False).tolist())
+    for number in order.permutation(12):
+        rows.append(engine.submit(mixed[number]))
+        for _ in range(int(order.integers(0, 9))):
+            engine.step()
+        if number in cancelled:
+            rows[-1].cancel()
+    run(engine)
+    for row in rows:
+        if row.finish_reason != "cancelled":
+            number = mixed.index(row.request)
+            assert row.generated == alone(model, drawn_request(number), kv_bits), number
+    assert sum(row.finish_reason == "cancelled" for row in rows) <= 2
+    assert engine.held_bytes == 0
+
+
+@functools.cache
+def wide_model() -> Model:
+    return tiny_model(tiny_config(vocab_size=VOCAB_SIZE, head_dim=32))
+
+
+def drawn_request(number: int) -> Request:
+    """One of twelve unequal requests: every sampling, with and without controls and log-probabilities."""
+    order = np.random.default_rng(100 + number)
+    sampling = dataclasses.replace(SAMPLINGS[number % 4], seed=number)
+    control = Script({1: 33, 4: 77, 5: 1, 6: 3}, 14) if number % 3 == 0 else None
+    return Request(
+        prompt=order.integers(0, VOCAB_SIZE, int(order.integers(1, 90))).tolist(),
+        sampling=sampling,
+        max_tokens=int(order.integers(1, 25)),
+        control=control,
+        top_logprobs=3 if number % 4 == 1 else None,
+    )
+
+
+def test_rows_that_lose_their_place_write_the_same(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    monkeypatch.setattr(scheduler, "HEADROOM_TOKENS", 0)
+    longer = [dataclasses.replace(request, prompt=[*PROMPTS[2]] * 34) for request in requests((40, 25, 30, 35))]
+    limit = 2 * Engine(model).bytes_of(300)
+    engine = Engine(model, max_rows=4, memory_bytes=limit)
+    rows = [engine.submit(request) for request in longer]
+    most = 0
+    while not engine.is_idle:
+        engine.step()
+        most = max(most, engine.held_bytes)
+    assert engine.num_sent_back > 0
+    assert limit // 2 < most <= limit
+    assert [row.generated for row in rows] == [alone(model, request) for request in longer]
+    with pytest.raises(MemoryPlanError, match="GB"):
+        engine.submit(dataclasses.replace(longer[0], max_tokens=2000))
+
+
+def test_room_is_given_back_when_a_long_row_leaves(model: Model) -> None:
+    engine = Engine(model, max_rows=2)
+    long = engine.submit(Request(prompt=[5] * 1200, sampling=SamplingParams(), max_tokens=5))
+    short = engine.submit(Request(prompt=[6] * 10, sampling=SamplingParams(), max_tokens=60))
+    held = []
+    while not engine.is_idle:
+        engine.step()
+        held.append(engine.held_bytes)
+    assert (long.finish_reason, short.finish_reason) == ("length", "length")
+    assert max(held) >= 2 * engine.bytes_of(1200)
+    assert held[-2] == engine.bytes_of(70)
+
+
+def test_a_row_cancelled_in_its_prompt_leaves_within_a_step(model: Model) -> None:
+    engine = Engine(model, max_rows=2)
+    short = engine.submit(Request(prompt=[6] * 10, sampling=SamplingParams(), max_tokens=200))
+    engine.step()
+    long = engine.submit(Request(prompt=[5] * 1900, sampling=SamplingParams(), max_tokens=5))
+    engine.step()
+    assert engine.num_running == 2
+    before = engine.held_bytes
+    long.cancel()
+    engine.step()
+    assert (long.finish_reason, long.generated, engine.num_running) == ("cancelled", [], 1)
+    assert engine.held_bytes < before
+    short.cancel()
+    engine.step()
+    assert (short.finish_reason, engine.held_bytes, engine.is_idle) == ("cancelled", 0, True)
+
+
+@pytest.mark.parametrize("place", ["waiting", "prompt", "answer"])
+def test_a_row_ends_when_its_time_is_over(model: Model, place: str) -> None:
+    engine = Engine(model, max_rows=2 if place == "prompt" else 1)
+    other = Request(prompt=[5], sampling=SamplingParams(), max_tokens=12)
+    if place != "answer":
+        engine.submit(other)
+    engine.step()
+    row = engine.submit(dataclasses.replace(other, prompt=[5] * 300, max_tokens=500, time_limit_s=3600.0))
+    for _ in range(4):
+        engine.step()
+    assert engine.num_running == (2 if place == "prompt" else 1)
+    row.started_s -= 3600.0
+    engine.step()
+    assert row.finish_reason == "time_limit"
+    assert bool(row.generated) == (place == "answer")
+    run(engine)
+
+
+def reference_logprobs(model: Model, row: Row) -> Any:
+    """What the whole text gives at once, (T, V)."""
+    ids = [*row.request.prompt, *row.generated]
+    logits = np.array(model(mx.array([ids[:-1]])))[0, len(row.request.prompt) - 1 :].astype(np.float64)
+    return (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+
+
+@pytest.mark.parametrize("control", [None, {0: 33, 3: 77, 4: 1}])
+def test_log_probabilities_are_the_models_own_for_the_rows_that_ask(
+    model: Model, control: dict[int, int] | None
+) -> None:
+    engine = Engine(model, max_rows=4)
+    rows = [
+        engine.submit(
+            dataclasses.replace(
+                request,
+                top_logprobs=top,
+                control=Script(control, 99) if control is not None and top == 5 else None,
+            )
+        )
+        for request, top in zip(requests(), (5, None, 0, 2), strict=True)
+    ]
+    run(engine)
+    for row, top in zip(rows, (5, None, 0, 2), strict=True):
+        if top is None:
+            assert row.logprobs == []
+            continue
+        expected = reference_logprobs(model, row)
+        assert [one.token_id for one in row.logprobs] == row.generated
+        found = np.array([one.logprob for one in row.logprobs])
+        own = expected[np.arange(len(found)), row.generated]
+        assert np.abs(found - own).max() < 1e-4
+        assert np.abs(found - expected[np.arange(len(found)), [0] * len(found)]).max() > 1e-2
+        for one, line in zip(row.logprobs, expected, strict=True):
+            assert len(one.top) == top
+            values = [value for _, value in one.top]
+            assert np.abs(np.array(values) - np.sort(line)[::-1][:top]).max(initial=0.0) < 1e-4
+
+
+def test_rows_go_on_from_what_earlier_rows_computed(model: Model) -> None:
+    cache = PrefixCache(model.config, dtype=model.dtype, max_bytes=1 << 24, block_tokens=16)
+    engine = Engine(model, max_rows=3, prefix_cache=cache)
+    sampling = SamplingParams(temperature=3.0, seed=8)
+    first = Request(prompt=list(range(5, 80)), sampling=sampling, max_tokens=40)
+    cold = engine.submit(first)
+    run(engine)
+    again, other = engine.submit(first), engine.submit(dataclasses.replace(first, prompt=[*first.prompt[:50], 1, 2]))
+    run(engine)
+    turn = dataclasses.replace(first, prompt=[*first.prompt, *cold.generated, 9, 10, 11])
+    next_turn = engine.submit(turn)
+    run(engine)
+    assert (cold.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 74, 48)
+    assert again.generated == cold.generated == alone(model, first)
+    assert other.generated == alone(model, other.request)
+    assert next_turn.cached_tokens == 75 + 40
+    assert next_turn.generated == alone(model, turn)
 
 
 def test_a_batch_mask_is_one_where_a_row_has_none() -> None:

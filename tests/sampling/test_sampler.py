@@ -57,6 +57,17 @@ def alone():
     return np.concatenate([run(*start([row]), [row], 0, NUM_STEPS)[0] for row in range(len(VARIETY))], axis=1)
 
 
+@pytest.mark.parametrize("num_written", [1, 2, 5, NUM_STEPS - 1])
+def test_rows_that_start_again_with_an_answer_go_on_as_before(alone, num_written):
+    rows = list(range(len(VARIETY)))
+    sampler = Sampler([VARIETY[row] for row in rows], VOCAB_SIZE)
+    state = sampler.start([PROMPTS[row] for row in rows], [alone[:num_written, row].tolist() for row in rows])
+    again, _ = run(sampler, state, rows, num_written, NUM_STEPS)
+    assert (again == alone[num_written:]).all()
+    other = sampler.start([PROMPTS[row] for row in rows], [alone[: num_written - 1, row].tolist() for row in rows])
+    assert (run(sampler, other, rows, num_written, NUM_STEPS)[0] != alone[num_written:]).any()
+
+
 def test_greedy_rows_take_the_lowest_id_among_the_likeliest():
     sampler = Sampler([SamplingParams(), SamplingParams(temperature=1.0, seed=0)], 4)
     logits = mx.array([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
