@@ -18,12 +18,12 @@ SOURCE = """
   constexpr int CANDIDATES = (E + 31) / 32;
   const uint lane = thread_index_in_simdgroup;
   const uint row = thread_position_in_grid.y;
-  const device T* own = logits + row * E;
+  const uint start = row * E;
   float ranks[CANDIDATES];
   for (uint n = 0; n < CANDIDATES; n++) {
     const uint e = lane + 32 * n;
     if (e < E) {
-      const float score = float(T(1.0f / (1.0f + metal::precise::exp(-float(own[e])))));
+      const float score = float(T(1.0f / (1.0f + metal::precise::exp(-float(logits[start + e])))));
       const float rank = score + bias[e];
       ranks[n] = metal::isnan(rank) ? -INFINITY : rank;
     }
@@ -49,7 +49,7 @@ SOURCE = """
       expert = winner;
     }
   }
-  const float weight = lane < A ? 1.0f / (1.0f + metal::precise::exp(-float(own[expert]))) : 0.0f;
+  const float weight = lane < A ? 1.0f / (1.0f + metal::precise::exp(-float(logits[start + expert]))) : 0.0f;
   const float total = metal::simd_sum(weight);
   if (lane < A) {
     experts[row * A + lane] = expert;

@@ -24,7 +24,7 @@ inline float group_sum(float value, threadgroup float* partial, uint lane, uint 
   if (lane == 0) {
     partial[simdgroup] = value;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   return metal::simd_sum(lane < num_simdgroups ? partial[lane] : 0.0f);
 }
 """

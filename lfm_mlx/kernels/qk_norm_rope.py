@@ -26,15 +26,15 @@ SOURCE = """
   const int num_tokens = qkv_shape[1];
   const int row = token / num_tokens;
   const int column = token % num_tokens;
-  const device T* x = qkv + (token * (num_heads + 2 * num_kv_heads) + head) * P;
+  const int start = (token * (num_heads + 2 * num_kv_heads) + head) * P;
   T low[PAIRS];
   T high[PAIRS];
   float squares = 0.0f;
   for (int n = 0; n < PAIRS; n++) {
     const int i = lane + 32 * n;
     if (i < HALF) {
-      low[n] = x[i];
-      high[n] = x[i + HALF];
+      low[n] = qkv[start + i];
+      high[n] = qkv[start + i + HALF];
       squares += float(low[n]) * float(low[n]) + float(high[n]) * float(high[n]);
     }
   }

@@ -24,7 +24,7 @@ CASES: dict[FusedKernel, Case] = {
     ROUTER: Case.of(mx.float32, E=40, A=4, normalized=True),
 }
 
-BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+BARRIER = "  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);\n"
 
 MUTATIONS: list[tuple[FusedKernel, str, str]] = [
     (ADD_NORM, BARRIER, ""),

@@ -162,6 +162,8 @@ using float16_t = half;
 
 namespace metal {
 
+using ::mem_flags;
+
 #define EMULATOR_FUNCTION(name, expression)                                                  \
   inline float name(float x) { return expression; }                                          \
   template <typename F>                                                                      \
