@@ -223,7 +223,14 @@ class EngineThread:
             self._thread.join()
 
     def _run(self) -> None:
+        self._serve()
+        if self.prefix_cache is not None:
+            self.prefix_cache.close()
+
+    def _serve(self) -> None:
         while True:
+            if self._engine.is_idle and self.prefix_cache is not None:
+                self.prefix_cache.settle()
             with self._changed:
                 while not self._arrived and self._engine.is_idle:
                     if self._is_closing:

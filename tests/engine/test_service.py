@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from random_models import tiny_config, tiny_model
 
+from lfm_mlx.cache import DiskStore, PrefixCache
 from lfm_mlx.engine import Engine, EngineThread, Request, Row
 from lfm_mlx.errors import ContextLengthError, EngineClosedError, OptionError, QueueFullError
 from lfm_mlx.model import Model
@@ -134,3 +136,21 @@ def test_closing_lets_rows_finish_for_a_while_and_then_cancels_them(model: Model
     engine.close()
     assert row.wait().finish_reason == "cancelled"
     assert not engine.is_alive
+
+
+def test_an_engine_that_starts_after_another_goes_on_from_what_that_one_wrote_to_disk(
+    model: Model, tmp_path: Path
+) -> None:
+    prompt = [7 + i % 80 for i in range(60)]
+    cached, generated = [], []
+    for _ in range(2):
+        store = DiskStore(tmp_path, max_bytes=1 << 30, fingerprint="one")
+        cache = PrefixCache(model.config, dtype=model.dtype, max_bytes=1 << 30, block_tokens=16, disk=store)
+        engine = EngineThread(model, prefix_cache=cache)
+        row = engine.submit(Request(prompt=prompt, sampling=SamplingParams(temperature=0), max_tokens=6))
+        engine.close(60)
+        assert row.finish_reason == "length"
+        cached.append(row.cached_tokens)
+        generated.append(row.generated)
+    assert cached == [0, 59]
+    assert generated[0] == generated[1]
