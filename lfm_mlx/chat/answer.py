@@ -17,7 +17,7 @@ from lfm_mlx.engine.control import Control, ReasoningTokens
 from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import room_for_answer
 from lfm_mlx.model import Model
-from lfm_mlx.parsing import OutputStream, ParsedOutput, StopStrings, collect
+from lfm_mlx.parsing import OutputStream, ParsedOutput, RawStream, StopStrings, collect
 from lfm_mlx.parsing.loop_guard import LoopGuard
 from lfm_mlx.tokenizer import Tokenizer, special
 from lfm_mlx.types import FinishReason, OutputEvent, SamplingParams, Tool, check_integer, check_number
@@ -69,6 +69,7 @@ class Answer(Iterator[OutputEvent]):
         tools: the tools the model was shown: calls are checked against them.
         options: how to generate.
         transcript: earlier tokens to continue from; it holds all tokens afterwards. Not with `engine`.
+        is_raw: whether all that is written is content: reasoning and calls are not looked for.
         engine: runs the answer among others from now on, in its own thread; None computes it while it is iterated.
         on_progress: called in the engine's thread when there may be something to `take`; it should return at once.
 
@@ -89,6 +90,7 @@ class Answer(Iterator[OutputEvent]):
         tools: Sequence[Tool] = (),
         options: AnswerOptions | None = None,
         transcript: Transcript | None = None,
+        is_raw: bool = False,
         engine: EngineThread | None = None,
         on_progress: Callable[[], None] | None = None,
     ) -> None:
@@ -98,7 +100,7 @@ class Answer(Iterator[OutputEvent]):
         self._reader = AnswerReader(
             self._control,
             tokenizer.detokenizer(),
-            OutputStream(tools or None, in_reasoning=prompt.opens_reasoning),
+            RawStream() if is_raw else OutputStream(tools or None, in_reasoning=prompt.opens_reasoning),
             StopStrings(options.stop),
             tokenizer.stop_ids,
         )

@@ -119,6 +119,18 @@ class OutputStream:
         return events
 
 
+class RawStream(OutputStream):
+    """Everything is content, markers included: for texts that go on without a template."""
+
+    def feed(self, text: str, token_id: int | None = None) -> list[OutputEvent]:
+        """The text as it is."""
+        return [ContentDelta(text=text)] if text else []
+
+    def finish(self) -> list[OutputEvent]:
+        """Nothing is ever held back."""
+        return []
+
+
 def parse_output(text: str, tools: Iterable[Tool] | None = None, *, in_reasoning: bool = False) -> ParsedOutput:
     """Take a finished answer apart. It is the stream of the whole text in one piece, so both always agree.
 

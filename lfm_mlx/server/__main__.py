@@ -9,13 +9,18 @@ from typing import Any
 
 import click
 
+from lfm_mlx.cache import DiskStore, PrefixCache, checkpoint_fingerprint
 from lfm_mlx.cli import load_model, loading_options, model_option, read_text
 from lfm_mlx.errors import OptionError
+from lfm_mlx.hub import fetch
+from lfm_mlx.memory import available_bytes
+from lfm_mlx.model import Model
 from lfm_mlx.server import HttpServer, ServerSettings, Service, bind
 from lfm_mlx.server.access import read_keys
 from lfm_mlx.server.request_log import set_up_log
 from lfm_mlx.terminal import run
 
+DEFAULT_CACHE_GB = 4.0
 API_KEY_VARIABLE = "LFM_MLX_API_KEY"
 
 
@@ -28,6 +33,15 @@ API_KEY_VARIABLE = "LFM_MLX_API_KEY"
 @click.option("--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Answers that may wait.")
 @click.option("--max-body-mb", type=click.FloatRange(0.001), default=16, show_default=True, help="Size of a request.")
 @click.option("--request-timeout", type=click.FloatRange(0.001), help="Seconds an answer may take [default: no limit].")
+@click.option(
+    "--prefix-cache-gb",
+    type=click.FloatRange(0),
+    help="Memory for what earlier prompts have computed; 0 is none [default: an eighth of what is free, at most 4].",
+)
+@click.option(
+    "--prefix-cache-dir", type=click.Path(path_type=Path), help="Folder where that is kept too, beyond the process."
+)
+@click.option("--prefix-cache-dir-gb", type=click.FloatRange(0.001), default=20, show_default=True, help="Its size.")
 @click.option(
     "--read-timeout",
     type=click.FloatRange(0.1),
@@ -59,6 +73,9 @@ def command(
     request_timeout: float | None,
     read_timeout: float,
     shutdown_timeout: float,
+    prefix_cache_gb: float | None,
+    prefix_cache_dir: Path | None,
+    prefix_cache_dir_gb: float,
     keep_alive: float,
     api_key_file: Path | None,
     cors_origin: Sequence[str],
@@ -88,7 +105,11 @@ def command(
     set_up_log(log_level)
     listening = bind(host, port)
     with listening:
-        service = Service(*load_model(model, **loading), settings)
+        places = {name: loading.pop(name) for name in ("revision", "subfolder") if name in loading}
+        folder = fetch(model, **places, offline=loading.get("offline", False))
+        loaded = load_model(str(folder), **loading)
+        cache = make_prefix_cache(loaded.model, folder, prefix_cache_gb, prefix_cache_dir, prefix_cache_dir_gb)
+        service = Service(*loaded, settings, prefix_cache=cache)
         server = HttpServer(
             service,
             shutdown_timeout_s=shutdown_timeout,
@@ -108,6 +129,37 @@ def model_names(model: str, aliases: Sequence[str] = ()) -> tuple[str, ...]:
     folder = Path(model)
     own = [folder.resolve().name, model] if folder.is_dir() else [model]
     return tuple(dict.fromkeys([*own, *aliases]))
+
+
+def make_prefix_cache(
+    model: Model, checkpoint: Path, memory_gb: float | None, folder: Path | None, folder_gb: float
+) -> PrefixCache | None:
+    """What earlier prompts have computed, in memory and in a folder.
+
+    Args:
+        model: whose it is.
+        checkpoint: its folder, which tells it from other models.
+        memory_gb: most that is held, in 10^9 bytes; 0 is no cache, None decides by what is free.
+        folder: where it is kept too.
+        folder_gb: most that is kept there.
+
+    Raises:
+        OptionError: a folder was given and no memory.
+    """
+    if memory_gb is None:
+        memory_gb = min(DEFAULT_CACHE_GB, available_bytes() / 8e9)
+    max_bytes = int(memory_gb * 1e9)
+    if not max_bytes:
+        if folder is not None:
+            raise OptionError(
+                "--prefix-cache-dir was given with --prefix-cache-gb 0, expected memory too; leave one out"
+            )
+        return None
+    disk = None
+    if folder is not None:
+        fingerprint = checkpoint_fingerprint(checkpoint)
+        disk = DiskStore(folder, max_bytes=int(folder_gb * 1e9), fingerprint=fingerprint)
+    return PrefixCache(model.config, dtype=model.dtype, kv_bits=model.kv_bits, max_bytes=max_bytes, disk=disk)
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

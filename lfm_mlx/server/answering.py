@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 
 from lfm_mlx.chat import Answer, Usage
+from lfm_mlx.engine import TokenLogprob
 from lfm_mlx.parsing import ParsedOutput
 from lfm_mlx.types import ContentDelta, FinishReason, OutputEvent, ReasoningDelta
 
@@ -75,6 +76,11 @@ class AnswerStream:
     def usage(self) -> Usage:
         """Tokens so far."""
         return self._answer.usage
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Of the tokens so far, where they were asked for."""
+        return self._answer.logprobs
 
     @property
     def stop_string(self) -> str | None:

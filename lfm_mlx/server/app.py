@@ -19,6 +19,7 @@ from lfm_mlx.server.anthropic_fields import COUNT, MESSAGES
 from lfm_mlx.server.anthropic_messages import count_tokens, messages
 from lfm_mlx.server.chat_completions import CHAT, chat_completions
 from lfm_mlx.server.chat_page import show_page, show_static
+from lfm_mlx.server.completions import COMPLETIONS, completions
 from lfm_mlx.server.endpoint import request_id
 from lfm_mlx.server.health import health, live, ready, show_metrics
 from lfm_mlx.server.http_errors import ApiError, as_api_error, dialect_of
@@ -31,6 +32,7 @@ from lfm_mlx.server.token_endpoints import DETOKENIZE, TOKENIZE, detokenize, tok
 
 ENDPOINTS = [
     Endpoint(path="/v1/chat/completions", handler=chat_completions, method="POST", fields=CHAT, streams=True),
+    Endpoint(path="/v1/completions", handler=completions, method="POST", fields=COMPLETIONS, streams=True),
     Endpoint(path="/v1/responses", handler=create_response, method="POST", fields=RESPONSES, streams=True),
     Endpoint(path="/v1/responses/{name}", handler=show_response),
     Endpoint(path="/v1/responses/{name}", handler=delete_response, method="DELETE"),

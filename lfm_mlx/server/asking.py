@@ -20,7 +20,8 @@ class Ask:
     """One question to the model.
 
     Args:
-        messages: in OpenAI's form.
+        messages: in OpenAI's form; none where there is a `prompt`.
+        prompt: a text or token ids that go on as they are, all that is written being content.
         tools: in OpenAI's form.
         tool_choice: "auto", "none", "required" or a tool's name.
         is_parallel: whether an answer may hold several calls.
@@ -30,10 +31,12 @@ class Ask:
         stop: strings that end an answer.
         thinking_budget: most tokens of reasoning; None sets no limit.
         variables: further variables of the chat template.
+        top_logprobs: how many of the likeliest tokens to report beside each token's own; None reports nothing.
         num_answers: how many answers to write.
     """
 
-    messages: Sequence[Message]
+    messages: Sequence[Message] = ()
+    prompt: str | Sequence[int] | None = None
     tools: Sequence[Tool] = ()
     tool_choice: str = "auto"
     is_parallel: bool = True
@@ -43,6 +46,7 @@ class Ask:
     stop: Sequence[str] = ()
     thinking_budget: int | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    top_logprobs: int | None = None
     num_answers: int = 1
 
 
@@ -55,6 +59,8 @@ class Prepared:
     sampling: SamplingParams
     options: Sequence[AnswerOptions]
     """One for each answer."""
+    is_raw: bool
+    """Whether all that is written is content."""
 
 
 def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
@@ -64,7 +70,7 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
         LfmError: the question cannot be asked.
     """
     tools = as_tools(ask.tools)
-    prompt = render_prompt(tokenizer, ask.messages, tools=tools or None, **ask.variables)
+    prompt = _prompt(tokenizer, ask, tools)
     model.checked_prompt(prompt.ids)
     # A model without markers for reasoning keeps within any budget.
     can_reason = reasoning_tokens(tokenizer) is not None
@@ -76,10 +82,25 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
             stop=ask.stop,
             constraint=_constraint(ask, tools),
             thinking_budget=ask.thinking_budget if can_reason else None,
+            top_logprobs=ask.top_logprobs,
         )
         for own in spread_seeds(sampling, ask.num_answers)
     ]
-    return Prepared(prompt=prompt, tools=tools, sampling=sampling, options=options)
+    return Prepared(prompt=prompt, tools=tools, sampling=sampling, options=options, is_raw=ask.prompt is not None)
+
+
+def _prompt(tokenizer: Tokenizer, ask: Ask, tools: Sequence[Tool]) -> RenderedPrompt:
+    if ask.prompt is None:
+        for name in ("tools", "add_generation_prompt", "messages"):
+            if name in ask.variables:
+                raise ApiError(
+                    f"chat_template_kwargs.{name} was given, expected variables of the template only; leave it out",
+                    param=f"chat_template_kwargs.{name}",
+                )
+        return render_prompt(tokenizer, ask.messages, tools=tools or None, **ask.variables)
+    if isinstance(ask.prompt, str):
+        return RenderedPrompt(text=ask.prompt, ids=tuple(tokenizer.encode(ask.prompt)), opens_reasoning=False)
+    return RenderedPrompt(text=tokenizer.decode(ask.prompt), ids=tuple(ask.prompt), opens_reasoning=False)
 
 
 def spread_seeds(sampling: SamplingParams, num_answers: int) -> list[SamplingParams]:

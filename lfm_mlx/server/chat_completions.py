@@ -40,6 +40,7 @@ from lfm_mlx.server.generation_fields import (
     STOP,
     STREAM,
     TOOL,
+    check_stream,
     read_format,
     read_max_tokens,
     read_sampling,
@@ -48,6 +49,8 @@ from lfm_mlx.server.generation_fields import (
 from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.server.model_service import Asked, Service
 from lfm_mlx.server.sse import EventStream, event, while_connected
+from lfm_mlx.server.token_logprobs import chat_logprobs
+from lfm_mlx.tokenizer import Tokenizer
 from lfm_mlx.types import ContentDelta, ReasoningDelta, ToolCall, ToolCallDone
 
 _TEXT_PART = Fields({"type": Text(), "text": Text()}, required=["text"])
@@ -138,11 +141,12 @@ async def chat_completions(request: Request) -> Response:
         "created": int(time.time()),
         "model": fields.get("model", service.name),
     }
+    has_logprobs = fields.get("logprobs", False)
     if not fields.get("stream"):
         await while_connected(request, service.finish(asked), asked.cancel)
-        return JSONResponse(whole_answer(asked, names))
+        return JSONResponse(whole_answer(service.tokenizer, asked, names, has_logprobs=has_logprobs))
     include_usage = fields.get("stream_options", {}).get("include_usage", False)
-    chunks = stream_chunks(service, asked, names, include_usage=include_usage)
+    chunks = stream_chunks(service, asked, names, include_usage=include_usage, has_logprobs=has_logprobs)
     return EventStream(  # type: ignore[return-value]
         stream_errors(request, chunks), asked.cancel, keep_alive_s=service.settings.keep_alive_s
     )
@@ -154,8 +158,7 @@ def read_ask(fields: Mapping[str, Any]) -> Ask:
     Raises:
         ApiError: fields contradict one another.
     """
-    if "stream_options" in fields and not fields.get("stream"):
-        raise ApiError("stream_options was given without stream, expected both; leave it out", param="stream_options")
+    check_stream(fields)
     if "top_logprobs" in fields and not fields.get("logprobs"):
         raise ApiError("top_logprobs was given without logprobs, expected both; give logprobs", param="top_logprobs")
     tools = fields.get("tools", [])
@@ -173,6 +176,7 @@ def read_ask(fields: Mapping[str, Any]) -> Ask:
         stop=read_stop(fields),
         thinking_budget=read_budget(fields),
         variables=fields.get("chat_template_kwargs", {}),
+        top_logprobs=fields.get("top_logprobs", 0) if fields.get("logprobs") else None,
         num_answers=fields.get("n", 1),
     )
 
@@ -224,7 +228,7 @@ def call_object(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def whole_answer(asked: Asked, names: Mapping[str, Any]) -> dict[str, Any]:
+def whole_answer(tokenizer: Tokenizer, asked: Asked, names: Mapping[str, Any], *, has_logprobs: bool) -> dict[str, Any]:
     """The object that is sent when all is written."""
     choices = []
     for index, answer in enumerate(asked.answers):
@@ -237,20 +241,28 @@ def whole_answer(asked: Asked, names: Mapping[str, Any]) -> dict[str, Any]:
         if output.tool_calls:
             message["tool_calls"] = [call_object(call) for call in output.tool_calls]
         ending = finish_fields(answer, has_calls=bool(output.tool_calls))
-        choices.append({"index": index, "message": message, "logprobs": None, **ending})
+        logprobs = chat_logprobs(tokenizer, answer.logprobs) if has_logprobs else None
+        choices.append({"index": index, "message": message, "logprobs": logprobs, **ending})
     usage = usage_of([answer.usage for answer in asked.answers])
     return {**names, "object": "chat.completion", "choices": choices, "usage": usage}
 
 
 async def stream_chunks(
-    service: Service, asked: Asked, names: Mapping[str, Any], *, include_usage: bool
+    service: Service, asked: Asked, names: Mapping[str, Any], *, include_usage: bool, has_logprobs: bool
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream, as text."""
     num_calls = [0] * len(asked.answers)
+    num_told = [0] * len(asked.answers)
     common = {**names, "object": "chat.completion.chunk"} | ({"usage": None} if include_usage else {})
 
+    def logprobs(index: int) -> dict[str, Any] | None:
+        """Those that came since the last chunk."""
+        found = asked.answers[index].logprobs[num_told[index] :] if has_logprobs else []
+        num_told[index] += len(found)
+        return chat_logprobs(service.tokenizer, found) if found else None
+
     def chunk(index: int, delta: Mapping[str, Any], **ending: Any) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **ending}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs(index), "finish_reason": None, **ending}
         return event({**common, "choices": [choice]})
 
     for index in range(len(asked.answers)):

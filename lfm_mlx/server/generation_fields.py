@@ -192,3 +192,13 @@ def make_constraint(kind: str, value: Any, place: str) -> Constraint | None:
         return Lark(value) if kind == "grammar" else None
     except OptionError as error:
         raise ApiError(f"{place}: {error}", param=place, code="invalid_value") from error
+
+
+def check_stream(fields: Mapping[str, Any]) -> None:
+    """Refuse options of a stream where there is none.
+
+    Raises:
+        ApiError: they were given.
+    """
+    if "stream_options" in fields and not fields.get("stream"):
+        raise ApiError("stream_options was given without stream, expected both; leave it out", param="stream_options")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lfm_mlx.chat import Usage
+
+Read = Callable[[], dict[str, tuple[str, float]]]
+"""Text and number by name."""
 
 PREFIX = "lfm_mlx:"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -44,9 +47,9 @@ class Metrics:
         self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._answer_sizes = histogram("request_generation_tokens", "Generated tokens of an answer.", _TOKENS)
 
-    def gauges(self, read: Callable[[], dict[str, tuple[str, float]]]) -> None:
-        """Show values that are read when they are asked for: text and number by name."""
-        self._registry.register(_Gauges(read, self._model_name))
+    def show(self, gauges: Read, totals: Read) -> None:
+        """Show values that are read when they are asked for."""
+        self._registry.register(_Gauges(gauges, totals, self._model_name))
 
     def count_http(self, method: str, handler: str, status: int) -> None:
         """Note a request that was answered."""
@@ -80,14 +83,16 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, read: Callable[[], dict[str, tuple[str, float]]], model_name: str) -> None:
-        self._read = read
+    def __init__(self, gauges: Read, totals: Read, model_name: str) -> None:
+        self._gauges = gauges
+        self._totals = totals
         self._model_name = model_name
 
     def collect(self) -> list[Metric]:
         families: list[Metric] = []
-        for name, (text, value) in self._read().items():
-            family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
-            family.add_metric([self._model_name], value)
-            families.append(family)
+        for read, kind in ((self._gauges, GaugeMetricFamily), (self._totals, CounterMetricFamily)):
+            for name, (text, value) in read().items():
+                family = kind(PREFIX + name, text, labels=["model_name"])
+                family.add_metric([self._model_name], value)
+                families.append(family)
         return families

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from lfm_mlx.cache import PrefixCache
 from lfm_mlx.chat import Answer, AnswerOptions, RenderedPrompt
 from lfm_mlx.engine import EngineThread
 from lfm_mlx.model import Model
@@ -29,9 +30,9 @@ log = logging.getLogger("lfm_mlx.server")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question and the answers that are being written to it."""
+    """Questions and the answers that are being written to them: as many to each, one after the other."""
 
-    prompt: RenderedPrompt
+    prompts: Sequence[RenderedPrompt]
     answers: Sequence[AnswerStream]
     sampling: SamplingParams
     started_s: float
@@ -49,19 +50,24 @@ class Service:
         model: from `lfm_mlx.load`.
         tokenizer: from `lfm_mlx.load`.
         settings: limits and rules.
+        prefix_cache: what earlier prompts have computed; None computes every prompt.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, settings: ServerSettings) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, settings: ServerSettings, *, prefix_cache: PrefixCache | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
         self.created_s = int(time.time())
         self.metrics = Metrics(self.name)
-        self.engine = EngineThread(model, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
+        self.engine = EngineThread(
+            model, max_rows=settings.max_rows, max_waiting=settings.max_waiting, prefix_cache=prefix_cache
+        )
         self._open: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
         self.responses = ResponseStore(settings.max_stored_bytes)
         self.is_closing = False
-        self.metrics.gauges(self.gauges)
+        self.metrics.show(self.gauges, self.totals)
 
     @property
     def name(self) -> str:
@@ -82,8 +88,8 @@ class Service:
                 code="model_not_found",
             )
 
-    async def ask(self, ask: Ask) -> Asked:
-        """Start to answer.
+    async def ask(self, *asks: Ask) -> Asked:
+        """Start to answer one question or several that are alike.
 
         Raises:
             LfmError: the question cannot be asked, or there is no room for it now.
@@ -92,7 +98,7 @@ class Service:
         if self.is_closing:
             raise closing_error()
         loop = asyncio.get_running_loop()
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start, ask, loop, started_s))
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, asks, loop, started_s))
         try:
             asked = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -100,22 +106,24 @@ class Service:
             raise
         self._open.update(asked.answers)
         if self.settings.logs_prompts:
-            log.info("prompt", extra={"fields": {"prompt": asked.prompt.text}})
+            for prompt in asked.prompts:
+                log.info("prompt", extra={"fields": {"prompt": prompt.text}})
         return asked
 
-    def _start(self, ask: Ask, loop: asyncio.AbstractEventLoop, started_s: float) -> Asked:
-        """Prepare a question and submit its answers; takes a while, so that it runs beside the event loop."""
-        prepared = prepare(self.model, self.tokenizer, ask)
+    def _start(self, asks: Sequence[Ask], loop: asyncio.AbstractEventLoop, started_s: float) -> Asked:
+        """Prepare questions and submit their answers; takes a while, so that it runs beside the event loop."""
+        prepared = [prepare(self.model, self.tokenizer, ask) for ask in asks]
         answers: list[AnswerStream] = []
         try:
-            for options in prepared.options:
-                write = functools.partial(self._write, prepared, options)
-                answers.append(AnswerStream(loop, write))
+            for one in prepared:
+                for options in one.options:
+                    answers.append(AnswerStream(loop, functools.partial(self._write, one, options)))
         except BaseException:
             for answer in answers:
                 answer.cancel()
             raise
-        return Asked(prompt=prepared.prompt, answers=answers, sampling=prepared.sampling, started_s=started_s)
+        prompts = [one.prompt for one in prepared]
+        return Asked(prompts=prompts, answers=answers, sampling=prepared[0].sampling, started_s=started_s)
 
     def _write(self, prepared: Prepared, options: AnswerOptions, on_progress: Callable[[], None]) -> Answer:
         return Answer(
@@ -124,6 +132,7 @@ class Service:
             prepared.prompt,
             tools=prepared.tools,
             options=options,
+            is_raw=prepared.is_raw,
             engine=self.engine,
             on_progress=on_progress,
         )
@@ -215,6 +224,8 @@ class Service:
         self.begin_closing()
         self.cancel_all()
         self.engine.close()
+        if self.engine.prefix_cache is not None:
+            self.engine.prefix_cache.close()
 
     @property
     def num_open(self) -> int:
@@ -224,10 +235,23 @@ class Service:
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """Numbers of this moment for a monitor: text and value by name."""
-        counters = self.engine.counters
+        counters, cache = self.engine.counters, self.engine.prefix_cache
         return {
             "num_requests_running": ("Answers that are being written.", counters.num_running),
             "num_requests_waiting": ("Answers that wait.", counters.num_waiting),
+            "kv_cache_usage_perc": (
+                "Part of the memory for answers that they hold, 1 being all.",
+                counters.held_bytes / max(counters.memory_bytes, 1),
+            ),
+            "prefix_cache_bytes": ("Bytes that the prefix cache holds.", cache.num_bytes if cache is not None else 0),
+        }
+
+    def totals(self) -> dict[str, tuple[str, float]]:
+        """Numbers that only grow: text and value by name."""
+        counters = self.engine.counters
+        return {
+            "num_preemptions": ("Answers that lost their place because memory ran short.", counters.num_sent_back),
+            "num_restarts": ("Answers that were computed again because a step failed.", counters.num_restarted),
         }
 
 
