@@ -70,6 +70,8 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
         LfmError: the question cannot be asked.
     """
     tools = as_tools(ask.tools)
+    if ask.prompt is not None and not isinstance(ask.prompt, str):
+        model.checked_prompt(ask.prompt)
     prompt = _prompt(tokenizer, ask, tools)
     model.checked_prompt(prompt.ids)
     # A model without markers for reasoning keeps within any budget.

@@ -15,6 +15,7 @@ import pytest
 
 from lfm_mlx.load import load
 from lfm_mlx.server import HttpServer, ServerSettings, Service, bind
+from lfm_mlx.server.__main__ import make_prefix_cache
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 PATIENCE_S = 60.0
@@ -85,10 +86,12 @@ def running(service: Service, **options: Any) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
-def new_service(**settings: Any) -> Service:
-    """A service of its own."""
+def new_service(cache_folder: Path | None = None, **settings: Any) -> Service:
+    """A service of its own, with a prefix cache, in a folder too where one is named."""
     model, tokenizer = load(TINY)
-    return Service(model, tokenizer, ServerSettings(**{"names": ("tiny", "alias"), **settings}))
+    cache = make_prefix_cache(model, TINY, 0.05, cache_folder, 0.05)
+    settings = {"names": ("tiny", "alias"), **settings}
+    return Service(model, tokenizer, ServerSettings(**settings), prefix_cache=cache)
 
 
 @pytest.fixture(scope="session")
