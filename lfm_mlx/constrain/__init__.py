@@ -1,6 +1,7 @@
 """JSON schema, regex, choices, grammars and tool calls to masks over the vocabulary, on llguidance."""
 
 from lfm_mlx.constrain.batch_mask import BatchMasks, PendingMask
+from lfm_mlx.constrain.calls_or_form import CallsOrForm
 from lfm_mlx.constrain.constraint import (
     Choice,
     Constraint,
@@ -16,6 +17,7 @@ from lfm_mlx.constrain.matcher import Matcher
 
 __all__ = [
     "BatchMasks",
+    "CallsOrForm",
     "Choice",
     "Constraint",
     "GrammarTokenizer",

@@ -8,7 +8,7 @@ from typing import Any
 
 from lfm_mlx.chat import AnswerOptions, RenderedPrompt, as_tools, render_prompt
 from lfm_mlx.chat.answer import calls_constraint, reasoning_tokens
-from lfm_mlx.constrain import Constraint
+from lfm_mlx.constrain import CallsOrForm, Constraint, ToolCalls
 from lfm_mlx.model import Model
 from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.tokenizer import Tokenizer
@@ -114,14 +114,10 @@ def spread_seeds(sampling: SamplingParams, num_answers: int) -> list[SamplingPar
 
 
 def _constraint(ask: Ask, tools: Sequence[Tool]) -> Constraint | None:
-    if ask.form is None:
+    """What holds for an answer: its calls, its form, or, where it may be either, both."""
+    is_free = ask.tool_choice in ("auto", "none")
+    if ask.form is None or not is_free:
         return calls_constraint(tools, ask.tool_choice, is_parallel=ask.is_parallel)
-    if ask.tool_choice not in ("auto", "none"):
-        return calls_constraint(tools, ask.tool_choice, is_parallel=ask.is_parallel)
-    if tools and ask.tool_choice == "auto":
-        raise ApiError(
-            "response_format and tools were given with tool_choice 'auto', expected one of them; leave one out, or "
-            "choose 'none' or 'required'",
-            param="response_format",
-        )
-    return ask.form
+    if ask.tool_choice == "none" or not tools:
+        return ask.form
+    return CallsOrForm(ToolCalls(tools, tool_choice="required", is_parallel=ask.is_parallel), ask.form)

@@ -112,6 +112,18 @@ def test_an_answer_has_the_form_that_was_asked_for(served: Running, fields: dict
     assert is_right(answer["choices"][0]["message"]["content"]), answer
 
 
+def test_with_tools_and_a_format_an_answer_is_a_call_or_has_the_format(served: Running) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["red", "blue"]}}, "required": ["a"]}
+    fields = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}, "tools": [WEATHER_TOOL]}
+    called = served.chat("What's the weather in Paris?", **fields).json()["choices"][0]
+    assert called["finish_reason"] == "tool_calls"
+    assert json.loads(called["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Paris"}
+    start = served.service.tokenizer.token_id("<|tool_call_start|>")
+    written = served.chat("What's the weather in Paris?", logit_bias={str(start): -100}, **fields).json()["choices"][0]
+    assert written["finish_reason"] == "stop"
+    assert json.loads(written["message"]["content"])["a"] in ("red", "blue")
+
+
 def test_several_answers_differ_and_a_seed_repeats_them(served: Running) -> None:
     def contents() -> list[str]:
         body = served.chat("Tell me about Paris.", n=3, seed=7, temperature=3.0, max_tokens=12).json()
