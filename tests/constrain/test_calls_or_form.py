@@ -29,11 +29,11 @@ def test_an_answer_is_one_of_both(
     form: Constraint, text: str, tokenizer: Tokenizer, vocabulary: GrammarTokenizer
 ) -> None:
     either = CallsOrForm(ToolCalls([WEATHER], tool_choice="required"), form)
-    assert accepts_text(either, tokenizer, vocabulary, CALL)
-    assert accepts_text(either, tokenizer, vocabulary, text)
-    assert accepts_text(either, tokenizer, vocabulary, f"<think>x</think>{text}")
+    assert accepts_text(either, vocabulary, tokenizer, CALL)
+    assert accepts_text(either, vocabulary, tokenizer, text)
+    assert accepts_text(either, vocabulary, tokenizer, f"<think>x</think>{text}")
     for wrong in ("", "hello", text + CALL, CALL + text, CALL.replace("city", "town")):
-        assert not accepts_text(either, tokenizer, vocabulary, wrong)
+        assert not accepts_text(either, vocabulary, tokenizer, wrong)
 
 
 def test_free_text_is_neither() -> None:
