@@ -29,17 +29,18 @@ def test_a_step_with_a_chunk_takes_about_twice_as_long(decode_s: float, token_s:
 
 
 def test_when_even_a_small_chunk_takes_long_it_is_paid_for() -> None:
-    later = steps(Pace(2048), 0.01, 0.1, 1e-5)[100:]
+    later = steps(Pace(2048), 0.01, 0.1, 1e-3)[100:]
     assert sum(seconds for seconds, _ in later) <= 2.3 * 0.01 * len(later)
-    assert max(tokens for _, tokens in later) > 0
+    # As long as its start: half of the work is not lost.
+    assert 60 <= max(tokens for _, tokens in later) <= 160
 
 
 def test_the_chunk_follows_a_context_that_makes_it_slower() -> None:
     pace = Pace(2048)
     fast = steps(pace, 0.01, 0.001, 1e-5)[-1][1] or steps(pace, 0.01, 0.001, 1e-5, 2)[-1][1]
-    slow = [tokens for _, tokens in steps(pace, 0.01, 0.001, 3e-4)[50:] if tokens]
+    slow = [tokens for _, tokens in steps(pace, 0.01, 0.001, 3e-4)[250:] if tokens]
     assert fast > 500
-    assert MIN_CHUNK <= max(slow) < 60
+    assert MIN_CHUNK <= min(slow) <= max(slow) < 60
 
 
 def test_without_running_rows_a_chunk_is_whole() -> None:
