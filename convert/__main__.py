@@ -12,13 +12,15 @@ from typing import Any, NoReturn
 
 import click
 
-from lfm_mlx.config import ModelConfig, read_config
+from lfm_mlx.config import ModelConfig, read_config, read_json_object
 from lfm_mlx.errors import OptionError
-from lfm_mlx.hub import fetch
+from lfm_mlx.hub import fetch, upload, validate_repo_id
 from lfm_mlx.terminal import format_bytes, run
 
+from .card import NAME as CARD
+from .card import write_card
 from .conversion import ConversionResult, Progress, convert
-from .job import Job, planned_size
+from .job import Job, planned_size, values_in
 from .manifest import add_to_manifest, check_manifest
 from .quality import FILES, MAX_TOKENS, measure_quality, read_set, write_report
 from .quantize import DTYPES
@@ -44,6 +46,7 @@ from .staging import find_progress
 @click.option("--requantize", is_flag=True, help="Accept a source that is quantised already.")
 @click.option("--jobs", type=int, help="Processes that share the work.  [default: the machine's cores]")
 @click.option("--report", "with_report", is_flag=True, help="Measure what was lost; see the command report.")
+@click.option("--upload-repo", metavar="REPO", help="Upload DST to this repo of the hub when it is done.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 @click.pass_context
 def command(
@@ -60,6 +63,7 @@ def command(
     subfolder: str | None,
     offline: bool,
     with_report: bool,
+    upload_repo: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -75,6 +79,8 @@ def command(
     if model is None or out is None:
         raise click.UsageError(f"Missing option '--{'model' if model is None else 'out'}'")
     chosen = _recipe(bits, group_size, mode, recipe, no_quantize)
+    if upload_repo is not None:
+        validate_repo_id(upload_repo)
     if model.endswith(".gguf") and Path(model).expanduser().is_file():
         source = Path(model).expanduser()
     else:
@@ -88,6 +94,8 @@ def command(
         click.echo(_summary(result))
     if with_report:
         write_quality(source, result.folder, None, MAX_TOKENS)
+    if upload_repo is not None:
+        click.echo(upload(result.folder, upload_repo))
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -115,6 +123,18 @@ def recipes(model: str | None) -> None:
 
 
 @command.command()
+@click.argument("source", metavar="SRC")
+@click.argument("out", metavar="DST")
+@click.option("--dtype", help=f"Type of all values: {', '.join(DTYPES)}.  [default: the source's]")
+@click.option("--force", is_flag=True, help="Replace DST if it is a model folder already.")
+def dequantize(source: str, out: str, dtype: str | None, force: bool) -> None:
+    """Write the quantised SRC unquantised into DST; what was lost does not come back."""
+    with _ended_by_signals(out):
+        result = convert(fetch(source), out, recipe=UNQUANTIZED, dtype=dtype, force=force, requantize=True)
+    click.echo(_summary(result))
+
+
+@command.command()
 @click.argument("source", metavar="SRC", type=click.Path(file_okay=False, exists=True, path_type=Path))
 @click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, exists=True, path_type=Path))
 @click.option("--evaluation", type=click.Path(path_type=Path), help="JSON with texts and conversations of your own.")
@@ -135,7 +155,11 @@ def write_quality(source: Path, folder: Path, evaluation: Path | None, max_token
         tell=lambda line: click.echo(f"report: {line}", err=True),
     )
     write_report(quality, folder)
-    add_to_manifest(folder, FILES)
+    size = values_in(read_config(folder))
+    manifest = read_json_object(folder / "manifest.json")
+    if manifest is not None:
+        write_card(folder, source, manifest["options"], quality.num_bytes, 8 * quality.num_bytes / size)
+        add_to_manifest(folder, [*FILES, CARD])
     click.echo(
         f"{folder / FILES[0]}: KL {quality.text.kl_mean:.5f} on text"
         + (f", {quality.answers.kl_mean:.5f} on answers with tools" if quality.answers else "")

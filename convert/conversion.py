@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.errors import ConversionError, LfmError, OptionError
+from lfm_mlx.config import ModelConfig
+from lfm_mlx.errors import CheckpointError, ConversionError, LfmError, OptionError
+from lfm_mlx.tokenizer import load_tokenizer, tool_problems
 from lfm_mlx.types import check_integer
 
+from .card import write_card
 from .feed import Feed, LocalFeed
 from .gguf_source import GgufSource
 from .hashing import Hasher
@@ -144,7 +147,7 @@ def convert(
             check_space(out, needed)
         if on_plan is not None:
             on_plan(job)
-        run = _Run(job, root, LocalFeed(root, weights.files))
+        run = _Run(job, root, source, LocalFeed(root, weights.files))
         with staged(out, resume=resume, keeps=_can_go_on) as folder:
             run.fill(folder, sidecars, _num_workers(job, jobs), progress)
     except OSError as error:
@@ -153,8 +156,7 @@ def convert(
         raise ConversionError(
             f"{error.filename or out}: {reason}; the conversion to {out} was given up{kept}"
         ) from error
-    if not any((out / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        notes.append(f"{source} has no tokenizer.json: the converted folder cannot turn text into tokens")
+    notes += _tokenizer_notes(source, out, weights.config)
     return ConversionResult(
         folder=out,
         source_bytes=job.source_bytes,
@@ -166,6 +168,16 @@ def convert(
         elapsed_s=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def _tokenizer_notes(source: Path, out: Path, config: ModelConfig) -> list[str]:
+    if not any((out / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return [f"{source} has no tokenizer.json: the converted folder cannot turn text into tokens"]
+    try:
+        tokenizer = load_tokenizer(out, config_eos_ids=config.eos_token_ids, model_vocab_size=config.vocab_size)
+    except CheckpointError as error:
+        return [f"the tokenizer cannot be used: {error}"]
+    return tool_problems(tokenizer, config.vocab_size)
 
 
 def _open_source(source: Path, *, requantize: bool) -> WeightSource:
@@ -198,9 +210,10 @@ def _can_go_on(error: BaseException) -> bool:
 class _Run:
     """One attempt at a job."""
 
-    def __init__(self, job: Job, source: Path, feed: Feed) -> None:
+    def __init__(self, job: Job, source: Path, named: Path, feed: Feed) -> None:
         self.job = job
         self.source = source
+        self.named = named
         self.feed = feed
         self.num_resumed = 0
 
@@ -226,6 +239,7 @@ class _Run:
         config = config_json(job.source.config, job.recipe.default, job.overrides(), job.dtype)
         write_json(folder / "config.json", config)
         verify(folder, job.planned)
+        write_card(folder, self.named, describe(job), job.num_bytes, job.bits_per_weight)
         write_manifest(folder, self.source, sidecars, journal.inputs, describe(job))
         journal.remove()
 

@@ -66,7 +66,8 @@ def config_json(
         overrides: by module path, how other matrices are stored.
         dtype: the type of unquantised tensors if it was changed.
     """
-    written = {key: value for key, value in config.raw.items() if key != "_name_or_path"}
+    dropped = ("_name_or_path", "quantization", "quantization_config")
+    written = {key: value for key, value in config.raw.items() if key not in dropped}
     for key, value in {**_required(config), **_rope(config)}.items():
         if written.get(key) is None:
             written[key] = value

@@ -88,6 +88,34 @@ def fetch(
     return _download(repo, named or inside, with_weights=weights)
 
 
+def upload(folder: Path, repo_id: str, *, token: str | None = None) -> str:
+    """Upload the files of `folder` to a repo of the hub, which is made if there is none.
+
+    Args:
+        folder: a finished checkpoint.
+        repo_id: ``org/name``.
+        token: access token; None uses the one huggingface_hub knows.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DownloadError: the hub refused, or was not reached.
+    """
+    from huggingface_hub import HfApi  # half a second
+    from huggingface_hub.errors import HfHubHTTPError
+
+    validate_repo_id(repo_id)
+    repo = _Repo(id=repo_id, revision=None, token=token, offline=False)
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Conversion by lfm_mlx"))
+    except (OSError, http_error, RuntimeError, ValueError) as error:
+        raise DownloadError(f"{repo_id}: not uploaded: {_explain(error, repo)}") from error
+
+
 def validate_repo_id(repo_id: str) -> None:
     """Check that `repo_id` has the form ``org/name`` that the hub accepts.
 

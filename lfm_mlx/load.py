@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from lfm_mlx.hub import fetch
 from lfm_mlx.memory import SMALLEST_CONTEXT, available_bytes, plan_memory, set_memory_limits
 from lfm_mlx.model import Model
 from lfm_mlx.sampling import recommended_sampling
-from lfm_mlx.tokenizer import Tokenizer, load_tokenizer
+from lfm_mlx.tokenizer import Tokenizer, load_tokenizer, tool_problems
 from lfm_mlx.types import check_integer
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "LiquidAI/LFM2.5-8B-A1B-MLX-4bit"
 """The published 4-bit MLX conversion of LFM2.5-8B-A1B."""
@@ -102,6 +105,8 @@ def load(
     tokenizer = load_tokenizer(
         folder, config_eos_ids=checkpoint.config.eos_token_ids, model_vocab_size=checkpoint.config.vocab_size
     )
+    for problem in tool_problems(tokenizer, checkpoint.config.vocab_size):
+        _LOG.warning("%s: %s", folder, problem)
     total_bytes, started, done_bytes = checkpoint.num_bytes, time.perf_counter(), 0
 
     def on_part(num_bytes: int) -> None:

@@ -3,5 +3,6 @@
 from lfm_mlx.tokenizer.detokenizer import StreamingDetokenizer
 from lfm_mlx.tokenizer.template import ChatTemplate, opens_reasoning
 from lfm_mlx.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from lfm_mlx.tokenizer.tool_support import tool_problems
 
-__all__ = ["ChatTemplate", "StreamingDetokenizer", "Tokenizer", "load_tokenizer", "opens_reasoning"]
+__all__ = ["ChatTemplate", "StreamingDetokenizer", "Tokenizer", "load_tokenizer", "opens_reasoning", "tool_problems"]

@@ -138,7 +138,9 @@ def save_checkpoint(folder: Path, config: Config, weights: Weights, *, num_shard
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     (folder / "LICENSE").write_text("a licence")
     _save_tokenizer(folder)
     return folder

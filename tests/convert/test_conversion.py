@@ -141,7 +141,7 @@ def test_result_counts_what_is_on_the_disk(sources, tmp_path):
 
 def test_tokenizer_template_and_licence_are_beside_the_weights(sources, tmp_path):
     out = convert(sources["moe"], tmp_path / "out").folder
-    weights = {"model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"}
+    weights = {"model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json", "README.md"}
     copied = {path.name for path in out.iterdir()} - weights
     expected = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE"}
     assert copied == expected
@@ -296,6 +296,26 @@ def test_quantised_source_is_refused_unless_asked_for(sources, tmp_path):
     expected = mx.quantize(restored, 64, 4)
     parts = [made[f"{path}.{part}"] for part in ("weight", "scales", "biases")]
     assert all(identical(a, b) for a, b in zip(parts, expected, strict=True))
+
+
+def test_dequantised_is_what_mlx_dequantises(sources, tmp_path):
+    packed = convert(sources["moe"], tmp_path / "4bit", recipe="4bit").folder
+    plain = convert(packed, tmp_path / "plain", recipe="unquantized", requantize=True).folder
+    config = json.loads((plain / "config.json").read_text())
+    assert "quantization" not in config
+    assert "quantization_config" not in config
+    four, made = tensors_of(packed), tensors_of(plain)
+    path = "model.layers.1.feed_forward.switch_mlp.down_proj"
+    expected = mx.dequantize(*(four[f"{path}.{part}"] for part in ("weight", "scales", "biases")), 64, 4)
+    assert identical(made[f"{path}.weight"], expected)
+    assert mlx_lm_logits(plain).shape == mlx_lm_logits(packed).shape
+
+
+def test_a_template_without_tools_is_told(sources, tmp_path):
+    source = shutil.copytree(sources["moe"], tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (note,) = convert(source, tmp_path / "out").notes
+    assert "template does not show tools" in note
 
 
 def test_missing_tokenizer_is_a_note_and_no_error(sources, tmp_path):
