@@ -36,6 +36,7 @@ from .staging import find_progress
 @click.option("--mode", help="affine, mxfp4, nvfp4 or mxfp8.  [default: affine]")
 @click.option("--recipe", metavar="NAME", help=f"Instead of the three above: {', '.join(RECIPES)}, or a JSON file.")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), help="How affine scales are found.  [default: the recipe's]")
+@click.option("--calibrate", "calibration", metavar="FILE", help="Text; columns that get larger inputs weigh more.")
 @click.option("--no-quantize", is_flag=True, help="Keep full precision; only names and layout change.")
 @click.option("--dtype", help=f"Type of what stays unquantised: {', '.join(DTYPES)}.  [default: the source's]")
 @click.option("--revision", help="Branch, tag or commit of the repo.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from lfm_mlx.errors import CheckpointError, ConversionError, LfmError, OptionErr
 from lfm_mlx.tokenizer import load_tokenizer, tool_problems
 from lfm_mlx.types import check_integer
 
+from .calibration import calibrate, read_text
 from .card import write_card
 from .feed import Feed, LocalFeed
 from .gguf_source import GgufSource
@@ -26,7 +28,7 @@ from .manifest import write_manifest
 from .piecework import digest_of
 from .quantize import DTYPES
 from .recipes import Recipe, recipe_named
-from .segments import CheckpointSource, WeightSource
+from .segments import CheckpointSource, Segment, WeightSource
 from .sidecars import config_json, copy_sidecars, find_sidecars, write_sidecars
 from .staging import check_destination, check_space, find_progress, staged, tidy
 from .tasks import TASK_BYTES, Task
@@ -86,6 +88,7 @@ def convert(
     recipe: Recipe | str = "4bit",
     dtype: str | None = None,
     rounding: str | None = None,
+    calibration: Path | str | None = None,
     force: bool = False,
     resume: bool = False,
     requantize: bool = False,
@@ -106,6 +109,7 @@ def convert(
         dtype: type of unquantised tensors and of affine scales; None takes ``torch_dtype`` of config.json and, where
             that is absent, each tensor's own. Expert biases are always float32.
         rounding: ``minmax`` or ``search``; None takes the recipe's.
+        calibration: a file of text; the search weighs the error of each column by what it gets as input there.
         force: replace an `out` that is a model folder already.
         resume: go on with what an interrupted conversion left, after checking it; start anew where there is nothing.
         requantize: accept a source that is quantised already, although precision that is lost does not come back.
@@ -124,6 +128,12 @@ def convert(
     """
     started = time.perf_counter()
     chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    if calibration is not None:
+        if rounding == "minmax":
+            raise OptionError(
+                "calibration weighs the search for scales, but rounding is 'minmax'; leave one of them out"
+            )
+        rounding = "search"
     chosen = chosen if rounding is None else replace(chosen, rounding=rounding)
     for name, value in (("shard_bytes", shard_bytes), ("task_bytes", task_bytes)):
         check_integer(name, value, minimum=1)
@@ -132,11 +142,13 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    stack = contextlib.ExitStack()
     try:
         notes = tidy(out, keep_progress=resume)
         check_destination(source, out, force=force)
         weights = _open_source(source, requantize=requantize)
-        job = Job(weights, chosen, dtype=dtype, shard_bytes=shard_bytes, task_bytes=task_bytes)
+        importance = stack.enter_context(_measured(source, out, calibration))
+        job = Job(weights, chosen, dtype=dtype, shard_bytes=shard_bytes, task_bytes=task_bytes, importance=importance)
         root = source if source.is_dir() else source.parent
         sidecars = find_sidecars(root) if source.is_dir() else []
         if isinstance(weights, GgufSource) and weights.block_types:
@@ -156,6 +168,8 @@ def convert(
         raise ConversionError(
             f"{error.filename or out}: {reason}; the conversion to {out} was given up{kept}"
         ) from error
+    finally:
+        stack.close()
     notes += _tokenizer_notes(source, out, weights.config)
     return ConversionResult(
         folder=out,
@@ -168,6 +182,20 @@ def convert(
         elapsed_s=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+@contextlib.contextmanager
+def _measured(source: Path, out: Path, calibration: Path | str | None) -> Iterator[dict[str, Segment] | None]:
+    """What a calibration found, in a file that lives as long as the block."""
+    if calibration is None:
+        yield None
+        return
+    if not source.is_dir():
+        raise OptionError(f"calibration needs the unquantised model in a folder, but {source} is a file")
+    text = read_text([Path(calibration).expanduser()])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.calibration-", dir=out.parent) as folder:
+        yield calibrate(source, text, Path(folder) / "columns")
 
 
 def _tokenizer_notes(source: Path, out: Path, config: ModelConfig) -> list[str]:

@@ -13,6 +13,7 @@ from lfm_mlx.config import ModelConfig, Quantization
 from lfm_mlx.errors import ConversionError
 from lfm_mlx.names import Shape, expected_tensors
 
+from .hashing import sha256_of
 from .quantize import DTYPES
 from .recipes import Recipe
 from .segments import Segment, WeightSource
@@ -51,6 +52,7 @@ class Job:
         self.source = source
         self.recipe = recipe
         self.dtype = target_dtype(source, dtype)
+        self.calibration = _digest(importance)
         shapes = source.tensors
         num_layers = source.config.num_layers
         self.stored_as = {name: recipe.of(name, shape, num_layers) for name, shape in shapes.items()}
@@ -152,4 +154,10 @@ def values_in(config: ModelConfig) -> int:
 
 def describe(job: Job) -> dict[str, Any]:
     """The options of a job as JSON."""
-    return {"recipe": job.recipe.as_json(), "dtype": job.dtype}
+    return {"recipe": job.recipe.as_json(), "dtype": job.dtype, "calibration": job.calibration}
+
+
+def _digest(importance: Mapping[str, Segment] | None) -> str | None:
+    """The SHA-256 of what a calibration found; None without one."""
+    files = {segment.file for segment in (importance or {}).values()}
+    return sha256_of(files.pop()) if files else None
