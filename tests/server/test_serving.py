@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -161,3 +162,16 @@ def test_options_that_make_no_sense_are_refused_before_loading(options: list[str
     done = CliRunner().invoke(command, ["--model", str(TINY), "--port", "0", *options])
     assert message in f"{done.output} {done.exception}"
     assert done.exit_code in (1, 2)
+
+
+def test_a_client_that_says_nothing_and_one_that_does_not_finish_are_sent_away() -> None:
+    with running(new_service(body_timeout_s=0.2), header_timeout_s=0.2) as one:
+        for begun in (b"", b"POST /tokenize HTTP/1.1\r\nhost"):
+            with socket.create_connection(("127.0.0.1", one.port), timeout=PATIENCE_S) as raw:
+                raw.sendall(begun)
+                with contextlib.suppress(ConnectionResetError):
+                    assert raw.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", one.port), timeout=PATIENCE_S) as raw:
+            raw.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 408")
+        one.check_alive()
