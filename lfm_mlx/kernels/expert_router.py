@@ -164,10 +164,10 @@ def _case(
 
 
 def _example(case: Case, num_rows: int, num_tokens: int) -> tuple[mx.array, mx.array, int, float, bool]:
-    """Logits in random order, and far enough apart that rounding decides no choice."""
+    """Logits in random order, far enough apart that rounding decides no choice, and ranks below zero."""
     E = case["E"]
     order = mx.argsort(random_values((num_rows, num_tokens, E), mx.float32, 1), axis=-1)
-    bias = 4.0 * mx.argsort(random_values((E,), mx.float32, 2)) / E
+    bias = 2.0 * mx.argsort(random_values((E,), mx.float32, 2)) / E - 3.0
     logits = ((order - E / 2) * (4.0 / E)).astype(case.dtype)
     return logits, bias, case["A"], 1.5, bool(case["normalized"])
 

@@ -110,8 +110,8 @@ def test_every_kernel_has_a_name_that_the_environment_can_say() -> None:
     assert sorted(kernel.name for kernel in FUSED_KERNELS) == sorted(KERNEL_NAMES)
 
 
-@pytest.mark.parametrize("width", [4, 36, 2052])
-def test_rows_need_not_fill_their_threads(width: int) -> None:
+@pytest.mark.parametrize("width", [4, 36, 2052, 4096])
+def test_rows_of_any_width_in_range_are_taken(width: int) -> None:
     compare(ADD_NORM, ADD_NORM.example(Case.of(mx.float32, D=width), 3, 1))
     compare(
         COMBINE_NORM, COMBINE_NORM.example(Case.of(mx.float32, D=width, A=3, weighed=False, normalized=False), 3, 1)
@@ -166,10 +166,24 @@ def test_equal_ranks_choose_the_first_experts() -> None:
 
 def test_logits_that_are_no_numbers_still_choose_different_experts_that_exist() -> None:
     logits = mx.array([[float("nan")] * 32, [float("-inf")] * 31 + [1.0], [float("nan")] * 30 + [-5.0, float("inf")]])
-    experts, _, _ = ROUTER.launch(logits, None, 4, 1.0, True)
-    assert all(len(set(row)) == 4 and max(row) < 32 for row in experts.tolist())
-    assert 31 in experts[1].tolist()
-    assert {30, 31} <= set(experts[2].tolist())
+    for bias in (mx.zeros((32,)), mx.full((32,), -2.0)):
+        experts, _, _ = ROUTER.launch(logits, bias, 4, 1.0, True)
+        assert all(len(set(row)) == 4 and max(row) < 32 for row in experts.tolist())
+        assert 31 in experts[1].tolist()
+        assert {30, 31} <= set(experts[2].tolist())
+
+
+@pytest.mark.parametrize("is_normalized", [True, False])
+def test_experts_that_hardly_weigh_anything_are_not_divided_by_zero(is_normalized: bool) -> None:
+    logits = mx.full((1, 8), -14.0)
+    _, weights, _ = ROUTER.launch(logits, None, 2, 1.0, is_normalized)
+    weight = 1 / (1 + np.exp(14.0))
+    expected = weight / (2 * weight + 1e-6) if is_normalized else weight
+    assert mx.allclose(weights, mx.full((1, 2), expected), rtol=1e-4, atol=0)
+    residual, outputs, norm = mx.zeros((1, 8)), mx.ones((1, 16)), mx.ones((8,))
+    routing = Routing(mx.array([[0, 1]], dtype=mx.uint32), logits[:, :2], False)
+    summed, _ = COMBINE_NORM.launch(residual, outputs, routing, 1.0, is_normalized, norm, 1e-5)
+    assert mx.allclose(summed, mx.full((1, 8), 2 * expected), rtol=1e-4, atol=0)
 
 
 def test_the_bias_chooses_experts_and_does_not_weigh_them() -> None:

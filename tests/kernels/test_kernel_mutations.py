@@ -62,6 +62,7 @@ MUTATIONS: list[tuple[FusedKernel, str, str]] = [
     (ROUTER, "ranks[n] > best", "ranks[n] < best"),
     (ROUTER, "taken |= 1u << (winner / 32);", ""),
     (ROUTER, "score + bias[e]", "score"),
+    (ROUTER, "float best = -INFINITY;", "float best = 0.0f;"),
     (ROUTER, "a < A; a++", "a + 1 < A; a++"),
     (ROUTER, "lane < A ? 1.0f", "lane <= A ? 1.0f"),
     (ROUTER, "total + sum_eps", "1.0f"),
