@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from lfm_mlx.kernels.add_norm import VALUES, can_norm_rows
 from lfm_mlx.kernels.choice import Case, FusedKernel, are_alike, random_values
+from lfm_mlx.kernels.compiling import is_compiling
 from lfm_mlx.kernels.elementwise import WEIGHT_SUM_EPS, combine_experts, weigh_experts
 from lfm_mlx.kernels.expert_router import Routing
 from lfm_mlx.kernels.metal_kernel import GROUP_SUM, SIMD_LANES, MetalKernel, constant, threads_for
@@ -102,6 +103,10 @@ def _reference(
     eps: float,
 ) -> Pair:
     A, D = routing.scores.shape[-1], residual.shape[-1]
+    if outputs.ndim == 4 and not is_compiling():
+        # What compiles to one kernel is some thirty operations otherwise, and few tokens are no work for any of them.
+        summed = _product(residual, outputs, routing, scaling_factor, normalize_weights)
+        return summed, mx.fast.rms_norm(summed, weight, eps)
     parts = _parts(outputs, A, D)
     shape = parts[0].shape
     scores = [routing.scores[..., i : i + 1] for i in range(A)]
@@ -111,6 +116,22 @@ def _reference(
         summed = combine_experts(residual.reshape(shape), parts, scores, scaling_factor, normalize_weights)
     summed = summed.reshape(residual.shape)
     return summed, mx.fast.rms_norm(summed, weight, eps)
+
+
+def _product(
+    residual: mx.array, outputs: mx.array, routing: Routing, scaling_factor: float, normalize_weights: bool
+) -> mx.array:
+    """The sum as a matrix product a token, in few operations."""
+    A, D = routing.scores.shape[-1], residual.shape[-1]
+    weights = routing.scores.reshape(-1, 1, A).astype(mx.float32)
+    if not routing.is_weighed:
+        weights = mx.sigmoid(weights)
+        if normalize_weights:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + WEIGHT_SUM_EPS)
+        if scaling_factor != 1.0:
+            weights = weights * scaling_factor
+    total = weights @ outputs.reshape(-1, A, D).astype(mx.float32)  # (T, 1, D)
+    return (residual.astype(mx.float32) + total.reshape(residual.shape)).astype(residual.dtype)
 
 
 def _parts(outputs: mx.array, num_active: int, width: int) -> Sequence[mx.array]:
