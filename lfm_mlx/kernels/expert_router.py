@@ -164,11 +164,14 @@ def _case(
 
 
 def _example(case: Case, num_rows: int, num_tokens: int) -> tuple[mx.array, mx.array, int, float, bool]:
-    """Logits in random order, far enough apart that rounding decides no choice, and ranks below zero."""
+    """Ranks below zero, the nearest 0.03 apart: biases are halves, and five sigmoids differ by no multiple of that.
+
+    So no rounding decides a choice, and neighbours in the order of biases still change places.
+    """
     E = case["E"]
     order = mx.argsort(random_values((num_rows, num_tokens, E), mx.float32, 1), axis=-1)
-    bias = 2.0 * mx.argsort(random_values((E,), mx.float32, 2)) / E - 3.0
-    logits = ((order - E / 2) * (4.0 / E)).astype(case.dtype)
+    logits = (order % 5).astype(case.dtype) - 2
+    bias = 0.5 * mx.argsort(random_values((E,), mx.float32, 2)) - 0.5 * E - 1.0
     return logits, bias, case["A"], 1.5, bool(case["normalized"])
 
 
