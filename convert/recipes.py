@@ -55,7 +55,7 @@ class Rule:
 
     def is_about(self, path: str, num_layers: int) -> bool:
         """Whether the module at `path` of a model with so many layers is meant."""
-        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.match):
+        if not _matches(self, path):
             return False
         if self.layers is None:
             return True
@@ -84,13 +84,16 @@ class Recipe:
     description: str = ""
 
     def __post_init__(self) -> None:
-        rule = next((rule for rule in self.rules if rule.is_about(_ROUTER, 1) or _may_match_router(rule)), None)
-        if rule is not None and rule.how is not None and rule.how.bits < _ROUTER_BITS:
-            raise OptionError(
-                f"recipe {self.name}: the rule for {', '.join(rule.match)} puts the router (*.feed_forward.gate) into "
-                f"{rule.how.bits} bits, expected at least {_ROUTER_BITS}: it chooses the experts and is tiny; put a "
-                'rule {"match": "*.feed_forward.gate", "bits": 8} before it'
-            )
+        for rule in self.rules:
+            meant = [_matches(rule, _ROUTER.format(layer)) for layer in range(_MANY_LAYERS)]
+            if any(meant) and rule.how is not None and rule.how.bits < _ROUTER_BITS:
+                raise OptionError(
+                    f"recipe {self.name}: the rule for {', '.join(rule.match)} puts the router (*.feed_forward.gate) "
+                    f"into {rule.how.bits} bits, expected at least {_ROUTER_BITS}: it chooses the experts and is tiny; "
+                    'put a rule {"match": "*.feed_forward.gate", "bits": 8} before it'
+                )
+            if all(meant) and rule.layers is None:
+                return  # no router gets past this rule
 
     @property
     def searches(self) -> bool:
@@ -126,13 +129,14 @@ class Recipe:
         return {"name": self.name, "default": default, "rounding": self.rounding, "rules": rules}
 
 
-_ROUTER = "model.layers.0.feed_forward.gate"
+_ROUTER = "model.layers.{}.feed_forward.gate"
 _ROUTER_BITS = 8
+_MANY_LAYERS = 100
+"""More than any model has: which layers have routers is not known to a recipe."""
 
 
-def _may_match_router(rule: Rule) -> bool:
-    """Whether some layer's router is meant; which layers there are is not known yet."""
-    return any(fnmatch.fnmatchcase(_ROUTER.replace("0", str(n)), p) for p in rule.match for n in range(100))
+def _matches(rule: Rule, path: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in rule.match)
 
 
 def _fitting(how: Quantization, width: int) -> Quantization | None:

@@ -167,7 +167,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path):
     [
         (signal.SIGTERM, 143, r"stopped by SIGTERM; --resume goes on with \S+"),
         (signal.SIGHUP, 129, r"stopped by SIGHUP; --resume goes on with \S+"),
-        (signal.SIGINT, 130, r"--resume goes on with \S+\ninterrupted"),
+        (signal.SIGINT, 130, r"--resume goes on with \S+\s+interrupted"),
     ],
 )
 def test_signal_ends_with_a_word_on_what_is_left_and_resume_goes_on(run, sources, tmp_path, number, code, line):

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from lfm_mlx.config import BITS, GROUP_SIZES, Quantization
-from lfm_mlx.convert.recipes import RECIPES, recipe_named, uniform_recipe
+from lfm_mlx.convert.recipes import RECIPES, parse_recipe, recipe_named, uniform_recipe
 from lfm_mlx.errors import OptionError
 
 ROUTER = "model.layers.2.feed_forward.gate.weight"
@@ -14,7 +16,7 @@ QUANTIZING = sorted(name for name, recipe in RECIPES.items() if recipe.default i
 def test_router_keeps_eight_affine_bits_in_every_recipe(name):
     recipe = recipe_named(name)
     assert recipe.of(ROUTER, (32, 2048)) == Quantization(bits=8, group_size=64, mode="affine")
-    assert recipe.of(MATRIX, (32, 2048, 1792)) == recipe.default
+    assert recipe.of(MATRIX, (32, 2048, 1792), 24) == recipe.default
 
 
 @pytest.mark.parametrize(
@@ -94,3 +96,62 @@ def test_modes_bring_their_own_bits_and_group_size():
     assert uniform_recipe().default == Quantization(bits=4, group_size=64, mode="affine")
     assert uniform_recipe(mode="mxfp8").default == Quantization(bits=8, group_size=32, mode="mxfp8")
     assert uniform_recipe(mode="nvfp4").default == Quantization(bits=4, group_size=16, mode="nvfp4")
+
+
+def test_mixed_gives_what_every_token_passes_more_bits_than_the_experts():
+    recipe = recipe_named("mixed")
+    experts = recipe.of(MATRIX, (32, 2048, 1792), 24)
+    assert (experts.bits, experts.group_size) == (4, 32)
+    last = recipe.of(MATRIX.replace(".2.", ".23."), (32, 2048, 1792), 24)
+    assert last.bits > experts.bits
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.0.conv.in_proj.weight",
+    ):
+        assert recipe.of(name, (2048, 2048), 24).bits > experts.bits
+    assert recipe.searches
+
+
+def test_the_first_rule_that_matches_decides_and_its_group_shrinks_to_fit():
+    rules = [{"match": "*.conv.*", "bits": 16}, {"match": "*.0.*", "layers": [0, -1], "bits": 8, "group_size": 128}]
+    recipe = parse_recipe({"default": {"bits": 3}, "rules": rules}, "mine")
+    assert recipe.of("model.layers.0.conv.in_proj.weight", (64, 64), 2) is None
+    assert recipe.of("model.layers.0.self_attn.q_proj.weight", (64, 96), 2) == Quantization(bits=8, group_size=32)
+    assert recipe.of("model.layers.1.self_attn.q_proj.weight", (64, 64), 2) == recipe.default
+    assert parse_recipe(recipe.as_json(), "again") == recipe
+
+
+def test_a_recipe_file_is_a_recipe(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"default": {"bits": 5}, "rounding": "search"}))
+    recipe = recipe_named(str(file))
+    assert (recipe.name, recipe.default.bits, recipe.searches) == ("mine", 5, True)
+
+
+@pytest.mark.parametrize("pattern", ["*.feed_forward.gate", "*", "model.layers.7.*"])
+def test_a_rule_that_puts_the_router_under_eight_bits_is_refused(pattern):
+    rules = [{"match": pattern, "bits": 4}]
+    with pytest.raises(OptionError, match="puts the router .* into 4 bits, expected at least 8"):
+        parse_recipe({"rules": rules}, "mine")
+    router_first = parse_recipe({"rules": [{"match": "*.feed_forward.gate", "bits": 16}, *rules]}, "mine")
+    assert router_first.of(ROUTER, (32, 2048), 24) is None
+    only_first_layer = {"match": "*.feed_forward.gate", "layers": [0], "bits": 8}
+    with pytest.raises(OptionError, match="puts the router"):
+        parse_recipe({"rules": [only_first_layer, *rules]}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([], r"recipe mine is .*expected an object"),
+        ({"defaults": {}}, "'defaults' is not known.*nearest: default"),
+        ({"rounding": "nearest"}, "rounding is 'nearest', expected one of minmax, search"),
+        ({"rules": [{"bits": 4}]}, r"rules\[0\]: match is None"),
+        ({"rules": [{"match": "*", "bits": 7}]}, r"rules\[0\]: bits is 7"),
+        ({"rules": [{"match": "*", "layers": "first", "bits": 8}]}, r"rules\[0\]: layers is 'first'"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_by_key(raw, message):
+    with pytest.raises(OptionError, match=message):
+        parse_recipe(raw, "mine")
