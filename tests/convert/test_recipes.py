@@ -132,7 +132,7 @@ def test_a_recipe_file_is_a_recipe(tmp_path):
 @pytest.mark.parametrize("pattern", ["*.feed_forward.gate", "*", "model.layers.7.*"])
 def test_a_rule_that_puts_the_router_under_eight_bits_is_refused(pattern):
     rules = [{"match": pattern, "bits": 4}]
-    with pytest.raises(OptionError, match="puts the router .* into 4 bits, expected at least 8"):
+    with pytest.raises(OptionError, match=r"puts the router .* into 4 bits, expected at least 8"):
         parse_recipe({"rules": rules}, "mine")
     router_first = parse_recipe({"rules": [{"match": "*.feed_forward.gate", "bits": 16}, *rules]}, "mine")
     assert router_first.of(ROUTER, (32, 2048), 24) is None
