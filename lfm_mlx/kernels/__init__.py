@@ -1,6 +1,6 @@
 """Functions that become few kernel launches, or need little memory."""
 
-from lfm_mlx.kernels import choice
+from lfm_mlx.kernels import choice, compiling
 from lfm_mlx.kernels.add_norm import ADD_NORM, add_norm
 from lfm_mlx.kernels.choice import KERNEL_NAMES, KERNELS_VARIABLE, MAX_TOKENS, Case, FusedKernel, has_metal
 from lfm_mlx.kernels.chunked_attention import SCORE_BYTES, attend_in_chunks
@@ -36,6 +36,7 @@ __all__ = [
     "choice",
     "combine_experts",
     "combine_norm",
+    "compiling",
     "gated_conv",
     "has_metal",
     "is_compiling",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from lfm_mlx.kernels import compiling
 from lfm_mlx.kernels.add_norm import VALUES, can_norm_rows
 from lfm_mlx.kernels.choice import Case, FusedKernel, are_alike, random_values
-from lfm_mlx.kernels.compiling import is_compiling
 from lfm_mlx.kernels.elementwise import WEIGHT_SUM_EPS, combine_experts, weigh_experts
 from lfm_mlx.kernels.expert_router import Routing
 from lfm_mlx.kernels.metal_kernel import GROUP_SUM, SIMD_LANES, MetalKernel, constant, threads_for
@@ -103,7 +103,7 @@ def _reference(
     eps: float,
 ) -> Pair:
     A, D = routing.scores.shape[-1], residual.shape[-1]
-    if outputs.ndim == 4 and not is_compiling():
+    if outputs.ndim == 4 and not compiling.is_compiling():
         # What compiles to one kernel is some thirty operations otherwise, and few tokens are no work for any of them.
         summed = _product(residual, outputs, routing, scaling_factor, normalize_weights)
         return summed, mx.fast.rms_norm(summed, weight, eps)
