@@ -13,13 +13,13 @@ import lfm_mlx
 from lfm_mlx.errors import OptionError
 
 PACKAGE = Path(lfm_mlx.__file__).parent
-TRIALS = PACKAGE / "kernels" / "verdict.py"
-"""Tries kernels out before their first use, and has to wait for the results."""
+OUTSIDE = {PACKAGE / "kernels" / "verdict.py", PACKAGE / "cache" / "block_file.py"}
+"""Tries kernels out before their first use, and has to wait for the results; reads files, between steps."""
 FORWARD = sorted(
     path
     for room in ("model", "cache", "sampling", "kernels")
     for path in (PACKAGE / room).glob("*.py")
-    if path != TRIALS
+    if path not in OUTSIDE
 )
 
 WAITING = {"item", "tolist", "asarray"}
