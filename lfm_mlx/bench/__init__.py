@@ -1,6 +1,7 @@
 """One file per question asked of the machine; each ends in one JSON line."""
 
 from lfm_mlx.bench.decode_speed import ask_decode_speed
+from lfm_mlx.bench.false_alarms import ask_false_alarms
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.kernel_trials import ask_kernel_trials
 from lfm_mlx.bench.launch_count import ask_launches
@@ -14,6 +15,7 @@ __all__ = [
     "Report",
     "Subject",
     "ask_decode_speed",
+    "ask_false_alarms",
     "ask_host_time",
     "ask_kernel_trials",
     "ask_launches",

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from lfm_mlx.bench.conversion_cost import ask_conversion_cost
 from lfm_mlx.bench.decode_speed import ask_decode_speed
+from lfm_mlx.bench.false_alarms import ask_false_alarms
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.kernel_trials import ask_kernel_trials
 from lfm_mlx.bench.launch_count import ask_launches
@@ -196,6 +197,16 @@ def constrain(model: Path | None, vocab_size: int | None, **options: Any) -> Non
     if model is not None and vocab_size is not None:
         raise click.UsageError("give either --model or --vocab-size")
     _finish(ask_mask_time(model, **_given(vocab_size=vocab_size, **options)))
+
+
+@group.command()
+@click.option("--model", required=True, type=click.Path(file_okay=False, exists=True, path_type=Path), help="Folder.")
+@click.option("--texts", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Folder of text files.")
+@click.option("--files", type=COUNT, help="Most files that are read.")
+@click.option("--tokens", type=COUNT, help="Most tokens of each.")
+def loops(model: Path, texts: Path | None, files: int | None, tokens: int | None) -> None:
+    """False alarms of the loop guard on ordinary texts, Python's standard library without --texts; runs no model."""
+    _finish(ask_false_alarms(model, texts, **_given(num_texts=files, max_tokens=tokens)))
 
 
 command = group

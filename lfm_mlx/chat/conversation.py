@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from lfm_mlx.chat.reply import ChatEvent, Reply, ToolResult, TurnDone, TurnEnd, 
 from lfm_mlx.chat.saved_chat import read_messages, write_messages
 from lfm_mlx.chat.structured import StructuredAnswer
 from lfm_mlx.chat.tool_runner import Confirm, ToolRunner
+from lfm_mlx.chat.turns import read_turns
 from lfm_mlx.errors import LfmError, OptionError
 from lfm_mlx.model import Model
 from lfm_mlx.tokenizer import Tokenizer
@@ -152,16 +154,22 @@ class Chat:
             answer.cancel()
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
-        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        """Forget everything but the system messages in front."""
+        self.messages = list(
+            itertools.takewhile(lambda message: message.get("role") in ("system", "developer"), self.messages)
+        )
 
     def undo(self) -> str | None:
-        """Take back the last user message and everything after it; returns its text, None if there is none."""
+        """Take back the last user message and everything after it; returns its text, None if there is none.
+
+        Raises:
+            TemplateError: its content is no text; the messages are as before.
+        """
         for index in range(len(self.messages) - 1, -1, -1):
-            if self.messages[index]["role"] == "user":
-                content = self.messages[index].get("content")
+            if self.messages[index].get("role") == "user":
+                content = read_turns(self.messages[index : index + 1])[0].content
                 del self.messages[index:]
-                return str(content)
+                return content
         return None
 
     def add_tool_result(self, call: ToolCall, content: str) -> None:

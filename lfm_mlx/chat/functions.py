@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -56,18 +56,18 @@ class FunctionTool:
             OptionError: an argument is missing, unknown or does not fit its type hint.
         """
         values = self._read_arguments(arguments)
-        if not inspect.iscoroutinefunction(self.function):
-            return _result_text(self.function(**values))
-        if _is_loop_running():
+        if inspect.iscoroutinefunction(self.function) and _is_loop_running():
             raise OptionError(f"{self.name} is async and an event loop is running here; use `await tool.acall(...)`")
-        return _result_text(asyncio.run(self.function(**values)))
+        result = self.function(**values)
+        return _result_text(asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result)
 
     async def acall(self, arguments: Mapping[str, Any]) -> str:
         """As `call`, for use inside an event loop: `async` functions are awaited, others run in a thread."""
         values = self._read_arguments(arguments)
         if inspect.iscoroutinefunction(self.function):
             return _result_text(await self.function(**values))
-        return _result_text(await asyncio.to_thread(self.function, **values))
+        result = await asyncio.to_thread(self.function, **values)
+        return _result_text(await result if inspect.isawaitable(result) else result)
 
     @functools.cached_property
     def _arguments(self) -> Form:
@@ -169,10 +169,19 @@ def _is_loop_running() -> bool:
     return True
 
 
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result
+
+
 def _result_text(result: Any) -> str:
     if isinstance(result, str):
-        return str.__str__(result)
+        return unicode_text(str.__str__(result))
     try:
-        return json.dumps(result, ensure_ascii=False, allow_nan=False, default=json_form)
+        return unicode_text(json.dumps(result, ensure_ascii=False, allow_nan=False, default=json_form))
     except (TypeError, ValueError, RecursionError):
-        return repr(result)
+        return unicode_text(repr(result))
+
+
+def unicode_text(text: str) -> str:
+    """The text with an escape for each half of a surrogate pair, as Python has them in names of files."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -190,6 +190,11 @@ class _Shaper:
         return PreparedChat(messages, listed, [turn.index for turn in turns])
 
     def _with_tool_list(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
+        if not self._can.takes_system and turns[0].role != "system":
+            raise TemplateError(
+                "tools were given, but this chat template neither lists them nor renders a system message to list them "
+                "in; describe them in the first user message"
+            )
         texts = (json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         listed = f"[{', '.join(map(self._finder.escape, texts))}]"
         if self._can.marks_tool_results and special.TOOL_LIST_START in self._strings:

@@ -22,9 +22,13 @@ def write_messages(path: Path, messages: Sequence[Message]) -> None:
     """
     if not path.name:
         raise OptionError(f"{path}: is a folder, expected the name of a file in it")
+    if "\0" in str(path):
+        raise OptionError(f"{str(path)!r} holds a NUL, expected the name of a file; leave it out")
     beside = path.with_name(f".{path.name}.partial")
     try:
-        text = json.dumps({"format": FILE_FORMAT, "messages": list(messages)}, ensure_ascii=False, indent=2)
+        text = json.dumps(
+            {"format": FILE_FORMAT, "messages": list(messages)}, ensure_ascii=False, indent=2, allow_nan=False
+        )
         beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(path)
     except (OSError, TypeError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
-from lfm_mlx.chat.functions import FunctionTool
+from lfm_mlx.chat.functions import FunctionTool, unicode_text
 from lfm_mlx.chat.reply import ToolResult
 from lfm_mlx.types import ToolCall
 
@@ -55,7 +55,7 @@ class ToolRunner:
                 return ToolResult(call=call, content="The user declined this call.", is_error=True)
             return ToolResult(call=call, content=self._call(function, call, loop))
         except Exception as error:  # noqa: BLE001 - a tool is the user's code: the model is told what it raised
-            return ToolResult(call=call, content=f"Error: {type(error).__name__}: {error}", is_error=True)
+            return ToolResult(call=call, content=_error_text(error), is_error=True)
 
     def _call(self, function: FunctionTool, call: ToolCall, loop: asyncio.AbstractEventLoop | None) -> str:
         if loop is None or not inspect.iscoroutinefunction(function.function):
@@ -73,6 +73,14 @@ class ToolRunner:
         self._is_cancelled = True
         if (running := self._running) is not None:
             running.cancel()
+
+
+def _error_text(error: Exception) -> str:
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - so is its way of saying so
+        text = "it has no text"
+    return unicode_text(f"Error: {type(error).__name__}: {text}")
 
 
 def _as_function(tool: object) -> FunctionTool | None:

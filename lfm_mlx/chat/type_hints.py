@@ -8,6 +8,7 @@ import datetime
 import enum
 import functools
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -206,9 +207,7 @@ class Forms:
 
     def _of_class(self, kind: Any, place: str) -> Form:
         if hasattr(kind, "model_json_schema"):  # pydantic, which need not be installed
-            schema = kind.model_json_schema()
-            self._definitions |= schema.pop("$defs", {})
-            return Form(schema, functools.partial(_read_model, kind))
+            return Form(self._schema_of_model(kind), functools.partial(_read_model, kind))
         members = _fields(kind)
         if members is None:
             raise OptionError(
@@ -221,6 +220,17 @@ class Forms:
         form = self._of_members(members, read_docstring(kind.__doc__ or "")[1], f"{place}, field ", kind)
         self._open.pop()
         return form
+
+    def _schema_of_model(self, kind: Any) -> dict[str, Any]:
+        """A pydantic model's schema; what it refers to is among the definitions, under names of its own if need be."""
+        for number in itertools.count():
+            prefix = f"{_type_name(kind)}_{number}_" if number else ""
+            schema: dict[str, Any] = kind.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
+            found = {f"{prefix}{name}": one for name, one in schema.pop("$defs", {}).items()}
+            if all(self._definitions.get(name, one) == one for name, one in found.items()):
+                break
+        self._definitions |= found
+        return schema
 
 
 def _parameters(function: Callable[..., Any], name: str) -> list[Member]:
@@ -290,7 +300,7 @@ def _of_options(origin: Any, args: tuple[Any, ...], place: str) -> Form:
     if origin is Literal:
         options = {(type(arg), arg): arg for arg in args}
     else:
-        by_value = all(type(member.value) in _SCALARS for member in origin)
+        by_value = _is_by_value(origin)
         options = {(type(key), key): m for m in origin for key in [m.value if by_value else m.name]}
     values = [key for _, key in options]
     if not all(kind in _SCALARS for kind, _ in options):
@@ -303,6 +313,10 @@ def _of_options(origin: Any, args: tuple[Any, ...], place: str) -> Form:
         return options[type(value), value]
 
     return Form({**({"type": kinds.pop()} if len(kinds) == 1 else {}), "enum": values}, read)
+
+
+def _is_by_value(kind: type[enum.Enum]) -> bool:
+    return all(type(member.value) in _SCALARS for member in kind)
 
 
 def _read_scalar(kind: Any, value: Any, place: str) -> Any:
@@ -353,6 +367,8 @@ def _without_z(text: str) -> str:
 
 def _default(value: Any) -> dict[str, Any]:
     """A default as part of a schema, nothing where it has no JSON form."""
+    if isinstance(value, enum.Enum) and not _is_by_value(type(value)):
+        value = value.name
     try:
         return {"default": json.loads(json.dumps(value, default=json_form, allow_nan=False))}
     except (TypeError, ValueError):

@@ -398,10 +398,21 @@ async def slow(city: str) -> dict[str, Any]:
     return {"city": city}
 
 
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def failing_twice(city: str) -> str:
+    """Fail."""
+    raise SpeechlessError
+
+
 @pytest.mark.parametrize(
     ("function", "content", "is_error"),
     [
         (failing, "Error: RuntimeError: no sensor in Paris", True),
+        (failing_twice, "Error: SpeechlessError: it has no text", True),
         (slow, '{"city": "Paris"}', False),
         (get_weather, '{"city": "Paris", "temperature": 18}', False),
     ],
@@ -417,7 +428,7 @@ def test_results_and_errors_of_tools_go_back_to_the_model(
     assert chat.messages[-1]["content"] == "I see."
 
 
-@pytest.mark.parametrize(("value", "text"), [(None, "null"), (3.5, "3.5"), ([1, "a"], '[1, "a"]'), ("é", "é")])
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), ([1, "a"], '[1, "a"]'), ("é\udce9", "é\\udce9")])
 def test_a_tool_may_return_anything(monkeypatch: pytest.MonkeyPatch, value: Any, text: str) -> None:
     def answer() -> Any:
         """Answer."""
@@ -610,13 +621,30 @@ def test_a_damaged_file_is_refused_and_the_messages_stay(tmp_path: Path, text: s
     assert roles(chat) == ["system"]
 
 
+def test_a_turn_is_taken_back_as_text_and_a_reset_keeps_what_the_system_says() -> None:
+    chat = scripted_model.chat()
+    system = [{"role": "developer", "content": "Be brief."}, {"role": "system", "content": "Be kind."}]
+    parts = [{"type": "text", "text": "Hello."}, {"type": "text", "text": "Who are you?"}]
+    chat.messages = [*system, {"role": "user", "content": parts}, {"role": "assistant", "content": "Me."}]
+    assert chat.undo() == "Hello.\nWho are you?"
+    assert chat.undo() is None
+    chat.messages.append({"role": "user", "content": [{"type": "image_url"}]})
+    with pytest.raises(TemplateError, match="image_url"):
+        chat.undo()
+    assert len(chat.messages) == 3
+    chat.reset()
+    assert chat.messages == system
+
+
 def test_what_cannot_be_saved_is_refused_and_the_file_stays(tmp_path: Path) -> None:
     chat = scripted_model.chat(system="Be brief.")
     chat.save(tmp_path / "chat.json")
     before = (tmp_path / "chat.json").read_text()
     with pytest.raises(OptionError, match="cannot be written"):
         chat.save(tmp_path / "no" / "chat.json")
-    for content in (object(), "\ud800"):
+    with pytest.raises(OptionError, match="NUL"):
+        chat.save("a\0b")
+    for content in (object(), "\ud800", float("nan")):
         chat.messages.append({"role": "user", "content": content})
         with pytest.raises(OptionError, match="JSON form"):
             chat.save(tmp_path / "chat.json")

@@ -9,8 +9,9 @@ import json
 import types
 import typing
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, Optional, TypedDict, Union
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from lfm_mlx.chat.functions import FunctionTool, as_tools, read_docstring, tool, tool_from_function
 from lfm_mlx.constrain.schema_check import check_schema
 from lfm_mlx.errors import OptionError
+from lfm_mlx.parsing.schemas import checked_arguments, tool_schemas
 
 
 class Unit(enum.Enum):
@@ -310,6 +312,37 @@ def test_pydantic_models_are_read_where_pydantic_is_installed() -> None:
     assert schema_of(described) == {"type": "integer", "description": "some"}
 
 
+def test_pydantic_models_may_have_parts_of_the_same_name() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    parts = [pydantic.create_model("Part", **{key: (kind, ...)}) for key, kind in (("n", int), ("text", str))]
+    first, second = (pydantic.create_model("Whole", part=(part, ...)) for part in parts)
+
+    def function(a: Any, b: Any, c: Any) -> None:
+        """Take three."""
+
+    function.__annotations__ |= {"a": first, "b": second, "c": first}
+    parameters = tool_from_function(function)["function"]["parameters"]
+    check_schema(parameters)
+    call = partial(checked_arguments, "function", (), schemas=tool_schemas([tool_from_function(function)]))
+    right = {"a": {"part": {"n": 1}}, "b": {"part": {"text": "x"}}, "c": {"part": {"n": 2}}}
+    assert call(right) == right
+    assert not isinstance(call({**right, "b": {"part": {"n": 1}}}), dict)
+    assert len(parameters["$defs"]) == 2
+
+
+def test_the_default_of_an_enum_is_one_of_its_options() -> None:
+    class Size(enum.Enum):
+        SMALL = (1, 2)
+        LARGE = (3, 4)
+
+    def function(size: Size = Size.LARGE) -> None:
+        """Take a size."""
+
+    function.__annotations__["size"] = Size
+    schema = tool_from_function(function)["function"]["parameters"]["properties"]["size"]
+    assert (schema["default"], schema["enum"]) == ("LARGE", ["SMALL", "LARGE"])
+
+
 def test_the_decorator_marks_what_changes_something_and_leaves_the_function_callable() -> None:
     @tool
     def look(where: str) -> str:
@@ -345,6 +378,8 @@ def test_missing_and_unknown_arguments_are_refused_by_name() -> None:
         (float("nan"), "nan"),
         (complex(1, 2), "(1+2j)"),
         ({(1, 2): 3}, "{(1, 2): 3}"),
+        ("caf\udce9.txt", "caf\\udce9.txt"),
+        (["caf\udce9.txt"], '["caf\\udce9.txt"]'),
     ],
 )
 def test_a_result_is_text_json_or_repr(result: Any, text: str) -> None:
@@ -367,6 +402,12 @@ def test_an_async_function_is_run_by_call_and_awaited_by_acall() -> None:
     assert one.call({"n": 2}) == "4"
     assert asyncio.run(one.acall({"n": 3})) == "6"
     assert asyncio.run(FunctionTool.from_function(make(int)).acall({"x": 4})) == "4"
+
+    def start_double(n: int) -> Awaitable[int]:
+        return double(n)
+
+    started = FunctionTool.from_function(start_double)
+    assert started.call({"n": 5}) == asyncio.run(started.acall({"n": 5})) == "10"
 
     async def call_inside_a_loop() -> None:
         one.call({"n": 1})

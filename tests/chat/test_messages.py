@@ -395,6 +395,13 @@ def test_a_tool_result_is_refused_where_the_template_drops_it() -> None:
         text_of(dropping, USER, CALLING, RESULT)
 
 
+def test_tools_are_refused_where_the_template_has_no_place_for_them() -> None:
+    users_only = "{% for m in messages if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    assert "Weather?" in text_of(users_only, USER)
+    with pytest.raises(TemplateError, match="tools were given, but this chat template neither lists them"):
+        text_of(users_only, USER, tools=[TOOL])
+
+
 def test_malformed_tools_and_missing_templates_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"tools\[0\] is 3"):
         text_of("lfm2", USER, tools=[3])
