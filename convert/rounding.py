@@ -13,6 +13,9 @@ import mlx.core as mx
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 """Shares of a group's range from minimum to maximum that are tried."""
 
+_NARROW_RANGES = (0.52, 0.4, 0.3)
+"""Tried too where there are few levels, which outliers then spread too far."""
+
 
 def search_affine(
     rows: mx.array, group_size: int, bits: int, importance: mx.array | None = None
@@ -37,7 +40,7 @@ def search_affine(
         weights = mx.where(mean > 0, weights / mx.maximum(mean, 1e-30), 1.0)
     best = _from_mlx(groups, bits, rows.dtype, weights)
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    for share in RANGES:
+    for share in RANGES if bits > 3 else RANGES + _NARROW_RANGES:
         best = _better(best, _attempt(groups, low, high, share, bits, rows.dtype, weights))
         mx.eval(best)
     _, scale, bias = best
