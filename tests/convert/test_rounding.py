@@ -23,8 +23,8 @@ def test_mlx_reads_the_result_and_it_is_closer_than_mlxs_own(bits, group_size):
     own = mx.quantize(rows, group_size=group_size, bits=bits)
     assert [(a.shape, a.dtype) for a in searched] == [(a.shape, a.dtype) for a in own]
     better, plain = (squared_error(rows, packed, group_size, bits) for packed in (searched, own))
-    assert better.sum().item() < 0.99 * plain.sum().item()
-    assert squared_error(mx.roll(rows, 1, axis=0), searched, group_size, bits).sum() > 10 * better.sum()
+    assert better.sum().item() < 0.97 * plain.sum().item()
+    assert squared_error(mx.roll(rows, 1, axis=0), searched, group_size, bits).sum() > 2 * better.sum()
 
 
 def test_no_group_gets_worse():
