@@ -20,9 +20,10 @@ from lfm_mlx.bench.launch_count import ask_launches
 from lfm_mlx.bench.mask_time import MIN_VOCAB_SIZE, VOCAB_SIZE, ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
 from lfm_mlx.bench.peer import PEERS
-from lfm_mlx.bench.plot import plot_decode
+from lfm_mlx.bench.plot import plot_decode, plot_serving
 from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
+from lfm_mlx.bench.serving import ask_serving
 from lfm_mlx.bench.shapes import SHAPES
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
 from lfm_mlx.bench.synthetic import TAILS, write_synthetic
@@ -207,6 +208,25 @@ def constrain(model: Path | None, vocab_size: int | None, **options: Any) -> Non
 def loops(model: Path, texts: Path | None, files: int | None, tokens: int | None) -> None:
     """False alarms of the loop guard on ordinary texts, Python's standard library without --texts; runs no model."""
     _finish(ask_false_alarms(model, texts, **_given(num_texts=files, max_tokens=tokens)))
+
+
+@group.command()
+@click.option("--model", required=True, help="Folder or repo id of a checkpoint.")
+@click.option("--peer", type=click.Choice(PEERS), help="Ask its server the same too, taking turns.")
+@click.option("--clients", **NUMBERS, help="Numbers of clients that ask at once.")
+@click.option("--rounds", type=COUNT, help="Questions of each client.")
+@click.option("--prompt-tokens", type=COUNT, help="Tokens of a question.")
+@click.option("--answer-tokens", type=COUNT, help="Tokens of an answer.")
+@click.option("--prefix-tokens", type=COUNT, help="Tokens that conversations share.")
+@click.option("--long-tokens", type=COUNT, help="Tokens of a prompt that comes while streams are read.")
+@click.option("--option", "options", multiple=True, help="Word for this server's command line; may be repeated.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed and gaps against clients.")
+def serving(model: str, peer: str | None, plot: Path | None, **options: Any) -> None:
+    """Servers from outside: first token, gaps between tokens, throughput, prefixes, a long prompt among streams."""
+    report = ask_serving(model, has_peer=peer is not None, **_given(**options))
+    if plot is not None:
+        plot_serving(report, plot)
+    _finish(report)
 
 
 command = group

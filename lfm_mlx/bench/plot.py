@@ -1,4 +1,4 @@
-"""Decode speed against context, with the roofline, as a picture."""
+"""Decode speed against context, with the roofline, and speed of servers against clients, as pictures."""
 
 from __future__ import annotations
 
@@ -37,17 +37,50 @@ def plot_decode(report: Report, path: Path) -> None:
     axes.set_title(f"{report.title.partition(', ')[2]}\n{machine['chip']}, {machine['backend']}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_serving(report: Report, path: Path) -> None:
+    """Draw a report of the question "serving" into `path`: speed, and gaps in streams, against clients.
+
+    Raises:
+        OptionError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure, (speeds, gaps) = _figure(2)
+    cases: list[dict[str, Any]] = report.results["load"]
+    numbers = [case["clients"] for case in cases]
+    for color, name in zip(COLORS, [name for name in cases[0] if name != "clients"], strict=False):
+        speeds.plot(numbers, [case[name]["tokens_per_s"] for case in cases], "o-", color=color, label=name)
+        for share, style in (("p50", "o-"), ("p95", "x--")):
+            drawn = [case[name]["gap_ms"].get(share) for case in cases]
+            gaps.plot(numbers, drawn, style, color=color, label=f"{name}, {share}")
+    speeds.set_ylabel("tokens/s of all clients")
+    gaps.set_ylabel("ms between pieces of a stream")
+    for axes in (speeds, gaps):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set_xlabel("clients at once")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    machine = report.as_json()["machine"]
+    figure.suptitle(f"{report.title}\n{machine['chip']}, {machine['backend']}", fontsize=10)
+    figure.set_size_inches(10, 4)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise OptionError(f"plot: {path} cannot be written ({error}); name a .png, .pdf or .svg file") from error
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(num_panels: int = 1) -> tuple[Any, Any]:
     try:
         # An optional extra, and slow to import. Figures made this way need no display.
         module = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise OptionError("plot needs matplotlib, which is not installed; pip install 'lfm-mlx[bench]'") from error
     figure = module.Figure(figsize=(7, 4.5))
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, num_panels)
