@@ -61,7 +61,7 @@ def ask_serving(
         for side in sides:
             _warm_up(side, prompts, max(clients), answer_tokens)
         loads = [_load(sides, prompts, number, rounds, prompt_tokens, answer_tokens) for number in clients]
-        prefixes = _prefixes(sides, prompts, prefix_tokens, max(rounds, 3))
+        prefixes = _prefixes(sides, prompts, prefix_tokens, rounds)
         disturbed = {side.name: _disturb(side, prompts, long, context) for side in sides}
     names = [side.name for side in sides]
     return Report(
