@@ -163,7 +163,7 @@ def _disturb(side: ServedSide, prompts: Prompts, long_tokens: int, context: int)
     first_s = long.times_s[0] if long.times_s else time.perf_counter()
     calm = _gaps_between(streams, long.asked_s - SETTLE_S * 0.8, long.asked_s)
     disturbed = _gaps_between(streams, long.asked_s, first_s)
-    case = {
+    case: dict[str, Any] = {
         "prompt_tokens": long.prompt_tokens,
         "first_token_ms": round((first_s - long.asked_s) * 1e3, 1),
         "calm_gap_ms": _spread(calm),
