@@ -9,7 +9,7 @@ from lfm_mlx.bench.mask_time import ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
 from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
-from lfm_mlx.bench.serving import ask_serving
+from lfm_mlx.bench.serving_speed import ask_serving
 from lfm_mlx.bench.subject import Subject
 
 __all__ = [

@@ -23,7 +23,7 @@ from lfm_mlx.bench.peer import PEERS
 from lfm_mlx.bench.plot import plot_decode, plot_serving
 from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
-from lfm_mlx.bench.serving import ask_serving
+from lfm_mlx.bench.serving_speed import ask_serving
 from lfm_mlx.bench.shapes import SHAPES
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
 from lfm_mlx.bench.synthetic import TAILS, write_synthetic

@@ -15,7 +15,7 @@ from lfm_mlx.bench.plot import plot_serving
 from lfm_mlx.bench.served_prompts import Prompts, after_call
 from lfm_mlx.bench.served_side import serve_both
 from lfm_mlx.bench.served_stream import Heard, ask
-from lfm_mlx.bench.serving import ask_serving
+from lfm_mlx.bench.serving_speed import ask_serving
 from lfm_mlx.errors import LfmError
 from lfm_mlx.tokenizer import load_tokenizer
 
