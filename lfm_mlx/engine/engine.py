@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -61,7 +62,9 @@ class Engine:
         self.num_sent_back = 0
         self.num_restarted = 0
         self._stepper = stepper_of(model)
-        self._scheduler = Scheduler(max_rows=max_rows, budget_bytes=memory_bytes, bytes_of=self.bytes_of)
+        # Not a method: an engine that refers to itself would be freed late, and its caches with it.
+        bytes_of = partial(row_bytes, model.config, kv_bits=self.kv_bits, dtype=model.dtype)
+        self._scheduler = Scheduler(max_rows=max_rows, budget_bytes=memory_bytes, bytes_of=bytes_of)
         self._pace = Pace(prefill_chunk_tokens(model.config, model.dtype))
         self._rows: dict[int, Row] = {}
         self._numbers: dict[Row, int] = {}
@@ -82,7 +85,7 @@ class Engine:
 
     def bytes_of(self, num_tokens: int) -> int:
         """Bytes that a row of so many tokens holds."""
-        return row_bytes(self.model.config, num_tokens, kv_bits=self.kv_bits, dtype=self.model.dtype)
+        return self._scheduler.bytes_of(num_tokens)
 
     def submit(self, request: Request, on_progress: Callable[[], None] | None = None) -> Row:
         """Queue a request; the row that is returned shows how far it has come.
@@ -161,9 +164,11 @@ class Engine:
                 self._pace.note(time.perf_counter() - started_s, chunk.num_tokens if chunk is not None else 0)
 
     def _drop_ended(self) -> None:
-        """Let go of rows that were cancelled, or whose time is over, wherever they are."""
+        """Let go of rows that were cancelled, or whose time is over; decoded ones end with the token drawn already."""
+        decoded = self._batch.rows if self._batch is not None else []
         for row in self._rows.values():
-            row.check()
+            if row not in decoded:
+                row.check()
         if self._batch is not None:
             self._release(self._batch)
         for number in [number for number, row in self._rows.items() if row.finish_reason is not None]:

@@ -173,8 +173,8 @@ class Row:
             self.end(wish)
         elif len(self.generated) >= self.request.max_tokens:
             self.end("length")
-        elif self.is_cancelled:
-            self.end("cancelled")
+        else:
+            self.check()
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
         """Note why the row ends; the first reason counts."""
@@ -209,5 +209,5 @@ class Row:
 
     @property
     def is_at_last_token(self) -> bool:
-        """Whether the token drawn next is the last one allowed."""
-        return len(self.generated) + 1 >= self.request.max_tokens
+        """Whether the token drawn already is the last one wanted."""
+        return self.is_cancelled or len(self.generated) + 1 >= self.request.max_tokens
