@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from lfm_mlx.constrain.integer_range import integer_range
@@ -78,20 +79,24 @@ class LiteralGrammar:
         self._has_references = has_references
         self._references: dict[tuple[str, bool], str] = {}
 
-    def value(self, schema: Schema, *, is_inner: bool = True) -> str:
+    def value(self, schema: Schema, *, is_inner: bool = True, text: str | None = None) -> str:
         """The name of a rule for the values that `schema` allows.
 
         Args:
             schema: has passed `check_schema`.
             is_inner: inside a container, where the Pythonic form takes `true` as well as `True`.
+            text: `asked_text(schema)` where it is known, and the root has no references.
         """
+        # The same few schemas stand in every tool.
+        name = None if text is None else self._rules.written.get((text, is_inner))
+        if name is not None:
+            return name
         if schema is False:
             raise OptionError(f"{self._name}: a value's schema is false, which allows none; remove the parameter")
         schema = {} if schema is True else schema
         asked = {key: value for key, value in schema.items() if key not in _NOT_ASKED}
         if self._has_references:
             return self._asked(schema, asked, is_inner)
-        # The same few schemas stand in every tool.
         key = (repr(asked), is_inner)
         name = self._rules.written.get(key)
         if name is None:
@@ -229,13 +234,13 @@ class LiteralGrammar:
     def _object(self, own: Mapping[str, Any]) -> str:
         if not property_schemas(own):
             return self._map(own)
-        return self._rules.rule(sequence(self._rules, '"{"', self.members(own), '"}"'))
+        return self._rules.rule(sequence(self._rules, '"{"', self.members(own, {}), '"}"'))
 
-    def members(self, own: Mapping[str, Any]) -> list[Member]:
-        """The named properties of an object in order."""
+    def members(self, own: Mapping[str, Any], texts: Mapping[str, str]) -> list[Member]:
+        """The named properties of an object in order; `texts`: the `asked_text` of those where it is known."""
         required = set(own.get("required", ()))
         return [
-            (glued(self._key(key), self.value(schema)), key in required)
+            (self._pair(key, self.value(schema, text=texts.get(key))), key in required)
             for key, schema in property_schemas(own).items()
             if schema is not False or key in required
         ]
@@ -255,9 +260,13 @@ class LiteralGrammar:
             body += f"({COMMA} {pair}){repeats(max(low - 1, 0), None if high is None else int(high) - 1)}"
         return self._rules.rule(f'"{{"{body}"}}"' if low else f'"{{"({body})?"}}"')
 
-    def _key(self, key: str) -> str:
-        body = f"{either(map(quoted, self._spellings(key)))}{COLON}"
-        return body if self._rules.is_regular else self._rules.terminal(body)
+    def _pair(self, key: str, value: str) -> str:
+        """The body of a key and a value's rule."""
+        body = _key_body(key, self._quotes)
+        if not self._rules.is_regular:
+            return glued(self._rules.terminal(body + COLON), value)
+        # Few values stand behind many keys: each is written once with its colon.
+        return body + self._rules.terminal(f"{COLON} {value}")
 
     def _spellings(self, text: str) -> list[str]:
         return [spell_string(text, quote) for quote in self._quotes]
@@ -280,7 +289,7 @@ class LiteralGrammar:
 
     def _container(self, value: Any) -> str:
         if isinstance(value, Mapping):
-            pairs = [(glued(self._key(key), self.value({"const": inner})), True) for key, inner in value.items()]
+            pairs = [(self._pair(key, self.value({"const": inner})), True) for key, inner in value.items()]
             return self._rules.rule(sequence(self._rules, '"{"', pairs, '"}"'))
         pairs = [(self.value({"const": inner}), True) for inner in value]
         return self._rules.rule(sequence(self._rules, '"["', pairs, '"]"'))
@@ -333,6 +342,11 @@ class LiteralGrammar:
         return {"number" if one == "integer" else one for one in ([types] if isinstance(types, str) else types)}
 
 
+def asked_text(schema: Mapping[str, Any]) -> str:
+    """What a schema asks for, without annotations and definitions: equal texts have equal rules."""
+    return repr({key: value for key, value in schema.items() if key not in _NOT_ASKED})
+
+
 def property_schemas(own: Mapping[str, Any]) -> dict[str, Schema]:
     """The named properties of an object schema in order, those that are only required last."""
     extra: Schema = own.get("additionalProperties", True)
@@ -350,6 +364,11 @@ def spell_string(text: str, quote: str) -> str:
     return (
         quote + "".join(escapes.get(c) or (f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c) for c in text) + quote
     )
+
+
+@lru_cache(maxsize=4096)
+def _key_body(key: str, quotes: str) -> str:
+    return either(quoted(spell_string(key, quote)) for quote in quotes)
 
 
 def _type_of(value: Any) -> set[str]:

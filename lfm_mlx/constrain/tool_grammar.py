@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfm_mlx.constrain.lark_rules import Irregular, LarkRules, either, quoted
-from lfm_mlx.constrain.literal_grammar import Form, LiteralGrammar, property_schemas, spell_string
+from lfm_mlx.constrain.literal_grammar import Form, LiteralGrammar, asked_text, property_schemas, spell_string
 from lfm_mlx.constrain.members import COMMA, SEPARATORS, Member, sequence
 from lfm_mlx.constrain.schema_check import ANNOTATIONS, check_keywords, json_text, resolve
 from lfm_mlx.errors import OptionError
@@ -92,14 +92,15 @@ class _CallWriter:
         return [self._body(tool, has_references and _mentions_references(json_text(tool.parameters))) for tool in tools]
 
     def _body(self, tool: ToolDeclaration, has_references: bool) -> tuple[str, bool]:
-        schema = self._checked_arguments(tool, has_references)
+        texts = {} if has_references else _property_texts(tool.parameters)
+        schema = self._checked_arguments(tool, texts, has_references)
         literals = LiteralGrammar(self.rules, tool.parameters, self._form, _place(tool), has_references=has_references)
         self.rules.is_regular = True
         try:
-            members = self._members(tool, literals, schema)
+            members = self._members(tool, literals, schema, texts)
         except Irregular:
             self.rules.is_regular = False
-            members = self._members(tool, literals, schema)
+            members = self._members(tool, literals, schema, texts)
         return sequence(self.rules, self._head(tool), members, self._tail), self.rules.is_regular
 
     def _head(self, tool: ToolDeclaration) -> str:
@@ -112,9 +113,11 @@ class _CallWriter:
     def _tail(self) -> str:
         return '")"' if self._form == "pythonic" else '"}}"'
 
-    def _members(self, tool: ToolDeclaration, literals: LiteralGrammar, schema: Mapping[str, Any]) -> list[Member]:
+    def _members(
+        self, tool: ToolDeclaration, literals: LiteralGrammar, schema: Mapping[str, Any], texts: Mapping[str, str]
+    ) -> list[Member]:
         if self._form == "json":
-            return literals.members(schema)
+            return literals.members(schema, texts)
         if not _FUNCTION_NAME.fullmatch(tool.name):
             raise OptionError(
                 f"tool {tool.name!r}: the Pythonic form needs a name of letters, digits and _ . - / ; use form='json'"
@@ -127,17 +130,20 @@ class _CallWriter:
                     f"tool {tool.name!r}: the parameter {name!r} cannot be written as name=value; use form='json'"
                 )
             if value_schema is not False or name in required:
-                members.append((f'"{name}="{literals.value(value_schema, is_inner=False)}', name in required))
+                value = literals.value(value_schema, is_inner=False, text=texts.get(name))
+                members.append((f'"{name}="{value}', name in required))
         return members
 
-    def _checked_arguments(self, tool: ToolDeclaration, has_references: bool) -> Mapping[str, Any]:
+    def _checked_arguments(
+        self, tool: ToolDeclaration, texts: Mapping[str, str], has_references: bool
+    ) -> Mapping[str, Any]:
         """The object schema of a tool's arguments, references followed."""
         schema: Any = tool.parameters
         properties = schema.get("properties")
         if has_references or not isinstance(properties, dict):
             check_keywords(schema, _place(tool))
         else:
-            check_keywords({**schema, "properties": self._new_properties(properties)}, _place(tool))
+            check_keywords({**schema, "properties": self._new_properties(properties, texts)}, _place(tool))
         while isinstance(schema, Mapping) and "$ref" in schema:
             schema = resolve(schema["$ref"], tool.parameters)
         if not isinstance(schema, Mapping) or schema.get("type", "object") not in ("object", ["object"]):
@@ -151,17 +157,25 @@ class _CallWriter:
             _check_num_arguments(schema, _place(tool))
         return schema
 
-    def _new_properties(self, properties: Mapping[str, Any]) -> dict[str, Any]:
+    def _new_properties(self, properties: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
         """Those that no tool before had; descriptions do not count."""
         new = {}
         for name, schema in properties.items():
-            if isinstance(schema, dict):
-                asked = repr({key: value for key, value in schema.items() if key not in ANNOTATIONS})
-                if asked in self._checked:
-                    continue
-                self._checked.add(asked)
+            text = texts.get(name)
+            if text in self._checked:
+                continue
+            if text is not None:
+                self._checked.add(text)
             new[name] = schema
         return new
+
+
+def _property_texts(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """What each argument's schema asks for, as text; arguments that have none are left out."""
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict):
+        return {}
+    return {name: asked_text(schema) for name, schema in properties.items() if isinstance(schema, dict)}
 
 
 def _check_num_arguments(schema: Mapping[str, Any], place: str) -> None:
