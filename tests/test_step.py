@@ -13,7 +13,7 @@ from lfm_mlx.sampling import Sampler
 from lfm_mlx.step import Stepper, stepper_of
 from lfm_mlx.types import SamplingParams
 
-NUM_STEPS = 400
+NUM_STEPS = 260
 """Past the first growth of the keys' and values' buffers, at 256 tokens."""
 
 TOLERANCE = 1e-5

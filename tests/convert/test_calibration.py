@@ -19,12 +19,17 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny"
 def text(tmp_path_factory):
     """A file of English text."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(read_set()["texts"][0]["text"][:700])
+    file.write_text(read_set()["texts"][0]["text"][:400])
     return file
 
 
-def test_every_matrix_of_the_layers_is_measured(text, tmp_path):
-    found = calibrate(TINY, text.read_text(), tmp_path / "columns")
+@pytest.fixture(scope="module")
+def found(text, tmp_path_factory):
+    """What is measured over the text."""
+    return calibrate(TINY, text.read_text(), tmp_path_factory.mktemp("found") / "columns")
+
+
+def test_every_matrix_of_the_layers_is_measured(found):
     tensors = {name: shape for name, shape in shapes().items() if is_matrix(name) and "embed_tokens" not in name}
     assert found.keys() == tensors.keys()
     for name, shape in tensors.items():
@@ -41,8 +46,7 @@ def shapes():
     return expected_tensors(Checkpoint(TINY).config)
 
 
-def test_the_first_matrix_gets_what_the_definition_says(text, tmp_path):
-    found = calibrate(TINY, text.read_text(), tmp_path / "columns")
+def test_the_first_matrix_gets_what_the_definition_says(text, found):
     model = Layerwise(TINY)
     from lfm_mlx.tokenizer import load_tokenizer
 

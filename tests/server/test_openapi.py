@@ -9,7 +9,7 @@ from conftest import Running
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-EXAMPLES = 50
+EXAMPLES = 30
 """Over all operations; `schemathesis run` against a running server tries more."""
 
 SHORT = ("max_tokens", "max_completion_tokens", "max_output_tokens")

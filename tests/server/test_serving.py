@@ -70,6 +70,12 @@ def test_answers_that_take_too_long_are_told_so_in_the_end() -> None:
         wait_until(lambda: not one.service.engine.is_alive)
 
 
+def test_pieces_of_an_answer_do_not_wait_for_each_other() -> None:
+    # asyncio turns Nagle's algorithm off for the connections of a socket that names its protocol.
+    with bind("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
