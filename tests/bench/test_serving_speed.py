@@ -101,11 +101,12 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
-def test_a_small_run_answers_the_whole_question(tmp_path: Path) -> None:
+def test_a_small_run_answers_the_whole_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not (TINY / "model.safetensors").exists():
         pytest.skip("examples/tiny has no weights; `make tiny` trains them")
+    monkeypatch.setattr("lfm_mlx.bench.serving_speed.SETTLE_S", 1.0)
     report = ask_serving(
-        str(TINY), clients=(2,), rounds=1, prompt_tokens=16, answer_tokens=4, prefix_tokens=600, long_tokens=300
+        str(TINY), clients=(2,), rounds=1, prompt_tokens=16, answer_tokens=4, prefix_tokens=300, long_tokens=100
     )
     (load,) = report.results["load"]
     assert load["lfm_mlx"]["completion_tokens"] == 8
@@ -113,9 +114,9 @@ def test_a_small_run_answers_the_whole_question(tmp_path: Path) -> None:
     first = report.results["first_token_ms"]
     cached = {kind: found["lfm_mlx"]["cached_tokens"] for kind, found in first.items()}
     assert cached["cold"] < 64
-    assert cached["shared system message"] >= 512
-    assert cached["tools, second turn"] >= 512
-    assert report.results["long_prompt"]["lfm_mlx"]["prompt_tokens"] >= 300
+    assert cached["shared system message"] >= 256
+    assert cached["tools, second turn"] >= 256
+    assert report.results["long_prompt"]["lfm_mlx"]["prompt_tokens"] >= 100
     assert {len(row) for row in report.rows} == {len(report.header)}
     pytest.importorskip("matplotlib")
     plot_serving(report, tmp_path / "serving.png")

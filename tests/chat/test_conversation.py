@@ -147,7 +147,7 @@ def test_without_marks_inside_calls_the_thoughts_before_them_are_computed_twice(
 
 
 @needs_tiny
-def test_ten_turns_of_the_trained_model_compute_only_what_is_new_and_end_like_a_cold_run(
+def test_six_turns_of_the_trained_model_compute_only_what_is_new_and_end_like_a_cold_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted = Counted(monkeypatch)
@@ -167,7 +167,7 @@ def test_ten_turns_of_the_trained_model_compute_only_what_is_new_and_end_like_a_
         sampling=SamplingParams(),
         template_variables={"enable_thinking": False},
     )
-    usages = [chat.send("What's the weather in Paris?" if turn % 2 else "Hello").usage for turn in range(10)]
+    usages = [chat.send("What's the weather in Paris?" if turn % 2 else "Hello").usage for turn in range(6)]
     counted.close_round()
     assert "Paris" in called
     assert [computed for computed, _ in counted.rounds] == [new for _, new in counted.rounds]
