@@ -287,7 +287,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     base=st.sampled_from([tiny_config(), tiny_dense_config(), tiny_dense_config(block_auto_adjust_ff_dim=True)]),
     changes=st.dictionaries(st.sampled_from(KEYS), JSON_VALUES, max_size=3),
