@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from lfm_mlx.config import ModelConfig, read_config, read_json_object
-from lfm_mlx.errors import OptionError
+from lfm_mlx.errors import ConversionError, OptionError
 from lfm_mlx.hub import fetch, upload, validate_repo_id
 from lfm_mlx.terminal import format_bytes, run
 
@@ -130,8 +130,14 @@ def recipes(model: str | None) -> None:
 @click.option("--force", is_flag=True, help="Replace DST if it is a model folder already.")
 def dequantize(source: str, out: str, dtype: str | None, force: bool) -> None:
     """Write the quantised SRC unquantised into DST; what was lost does not come back."""
+    folder = fetch(source)
+    if read_config(folder).quantization is None:
+        raise ConversionError(
+            f"{folder}: is not quantised, expected a quantised checkpoint: there is nothing to dequantise; to change "
+            "its names, layout or type, convert it with --no-quantize"
+        )
     with _ended_by_signals(out):
-        result = convert(fetch(source), out, recipe=UNQUANTIZED, dtype=dtype, force=force, requantize=True)
+        result = convert(folder, out, recipe=UNQUANTIZED, dtype=dtype, force=force, requantize=True)
     click.echo(_summary(result))
 
 

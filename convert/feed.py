@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from lfm_mlx.errors import CheckpointError
 
+from .write import INDEX
+
 
 class Feed(Protocol):
     """Provides the files of a source."""
@@ -33,7 +35,7 @@ class LocalFeed:
 
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self.folder = folder
-        names = [*files, *folder.glob("config.json")]
+        names = [*files, *(folder / name for name in ("config.json", INDEX) if (folder / name).is_file())]
         self.identity: dict[str, Any] = {str(file.relative_to(folder)): _stamp(file) for file in names}
 
     def ensure(self, file: Path) -> None:

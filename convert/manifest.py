@@ -13,10 +13,14 @@ import mlx.core as mx
 from lfm_mlx.config import read_json_object
 from lfm_mlx.errors import CheckpointError
 
+from .card import NAME as CARD
 from .hashing import sha256_of
-from .write import write_json
+from .write import INDEX, write_json
 
 NAME = "manifest.json"
+
+_READ = ("config.json", INDEX, CARD)
+"""Files of a source that are read and not copied."""
 
 
 def write_manifest(
@@ -25,6 +29,7 @@ def write_manifest(
     sidecars: Sequence[Path],
     inputs: Mapping[str, Mapping[str, Any]],
     options: Mapping[str, Any],
+    texts: Sequence[Path] = (),
 ) -> None:
     """Write the manifest of the finished checkpoint in `folder`.
 
@@ -34,8 +39,9 @@ def write_manifest(
         sidecars: files beside its weights that were copied, relative to it.
         inputs: bytes and SHA-256 of its weights' files by name.
         options: recipe and types.
+        texts: files of text that scales or recipe were found with.
     """
-    small = {str(file): _entry(source / file) for file in [Path("config.json"), *sidecars] if (source / file).is_file()}
+    small = {str(file): _entry(source / file) for file in [*map(Path, _READ), *sidecars] if (source / file).is_file()}
     read = {**small, **inputs}
     write_json(
         folder / NAME,
@@ -44,6 +50,7 @@ def write_manifest(
             "made_by": {"lfm_mlx": sys.modules["lfm_mlx"].__version__, "mlx": mx.__version__},  # type: ignore[attr-defined]
             "options": dict(options),
             "source": {name: dict(read[name]) for name in sorted(read)},
+            **({"texts": {file.name: _entry(file) for file in texts}} if texts else {}),
             "files": _entries(folder),
         },
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lfm_mlx.convert import verify
+from lfm_mlx.convert import convert, verify
 from lfm_mlx.convert.__main__ import command
 from lfm_mlx.terminal import run as run_command
 
@@ -239,6 +239,22 @@ def test_verify_finds_a_changed_byte(run, tmp_path, capfd, monkeypatch):
         run_command(command, "convert")
     assert exit_info.value.code == 1
     assert "model.safetensors: is" in capfd.readouterr().err
+
+
+def test_a_source_that_is_not_quantised_has_nothing_to_dequantise(sources, tmp_path, capfd, monkeypatch):
+    def dequantize(source):
+        monkeypatch.setattr(sys, "argv", ["convert", "dequantize", str(source), str(tmp_path / "plain")])
+        with pytest.raises(SystemExit) as exit_info:
+            run_command(command, "convert")
+        return exit_info.value.code, capfd.readouterr().err
+
+    code, error = dequantize(sources["moe"])
+    assert code == 1
+    assert "is not quantised, expected a quantised checkpoint: there is nothing to dequantise" in error
+    assert os.listdir(tmp_path) == []
+    quantised = convert(sources["moe"], tmp_path / "4bit").folder
+    assert dequantize(quantised)[0] == 0
+    assert verify(tmp_path / "plain").config.quantization is None
 
 
 def test_importing_the_converter_stays_cheap():

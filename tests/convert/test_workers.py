@@ -1,5 +1,6 @@
 """Many processes, other shards, other pieces: the same bytes."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -68,10 +69,13 @@ def test_a_worker_passes_on_what_is_wrong_with_a_value(make_weights, make_checkp
 
 def test_manifest_names_every_file_of_source_and_result(sources, tmp_path):
     source = shutil.copytree(sources["moe"], tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: other\n---\n")
     out = convert(source, tmp_path / "out", task_bytes=20_000).folder
     manifest = json.loads((out / "manifest.json").read_text())
-    in_source = {path.name for path in source.iterdir()} - {"model.safetensors.index.json"}
-    assert manifest["source"].keys() == in_source
+    assert manifest["source"].keys() == {path.name for path in source.iterdir()}
+    for name, entry in manifest["source"].items():
+        data = (source / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert manifest["files"].keys() == {path.name for path in out.iterdir()} - {"manifest.json"}
     assert manifest["files"]["LICENSE"] == manifest["source"]["LICENSE"]
     assert manifest["options"]["recipe"]["default"]["bits"] == 4
