@@ -19,7 +19,7 @@ from lfm_mlx.cache import State
 from lfm_mlx.errors import OptionError
 from lfm_mlx.kernels import is_compiling
 from lfm_mlx.memory import MIN_CHUNK_TOKENS, prefill_chunk_tokens
-from lfm_mlx.model import Attention, Model, ShortConv
+from lfm_mlx.model import Attention, Model, Passage, ShortConv
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.sampling.sampler import State as SamplerState
 from lfm_mlx.sampling.sampler import advance, choose
@@ -117,12 +117,15 @@ class Stepper:
         Returns:
             Normalised hidden states ``(B, D)`` of each row's last real token, evaluated: `Model.head` gives its logits.
         """
-        hidden = self.model.hidden(tokens, state, lengths=counts)
-        B, L, _ = hidden.shape
-        last = [max(count - 1, 0) for count in counts] if counts is not None else [L - 1] * B
-        rows = mx.stack([mx.contiguous(hidden[row, at]) for row, at in enumerate(last)])
+        passage = self.passage(state, tokens, counts)
+        passage.run(len(self.model.layers))
+        rows = passage.normed[:, 0]
         mx.eval(state.arrays, rows)
         return rows
+
+    def passage(self, state: State, tokens: mx.array, counts: Sequence[int] | None = None) -> Passage:
+        """`extend` for those who run the layers themselves; it ends in ``(B, 1, D)``, and nothing is evaluated."""
+        return Passage(self.model, tokens, state, counts, is_last_wanted=True)
 
     def decode(self, state: State, tokens: mx.array) -> mx.array:
         """One more token a row: logits ``(B, V)`` after `tokens`, int ``(B,)``; the state moves on.

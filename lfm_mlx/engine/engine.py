@@ -69,6 +69,7 @@ class Engine:
         self._rows: dict[int, Row] = {}
         self._numbers: dict[Row, int] = {}
         self._prompts: dict[int, PromptRun] = {}
+        self._chunk: Chunk | None = None
         self._failures: dict[int, int] = {}
         self._num_submitted = 0
         self._batch: Batch | None = None
@@ -144,7 +145,7 @@ class Engine:
         return held + (batch.state.num_bytes if batch is not None else 0)
 
     def step(self) -> None:
-        """One chunk of one prompt, if one is waiting, and one token of every row that is decoded."""
+        """One token of every row that is decoded, and before it as much of a prompt as they can wait for."""
         with self._stepper.lock:
             self._drop_ended()
             places = self._scheduler.assign()
@@ -153,15 +154,33 @@ class Engine:
                 self._take_place(number)
             for number in places.admitted:
                 self._guarded(number, self._begin)
-            started_s = time.perf_counter()
-            is_decoding = self._batch is not None
-            chunk = self._scheduler.next_chunk(self._pace.max_chunk(is_decoding=is_decoding))
-            if chunk is not None:
-                self._guarded(chunk.number, lambda number: self._compute(number, chunk))
-            if self._batch is not None:
-                self._decode(self._batch)
-            if is_decoding:
-                self._pace.note(time.perf_counter() - started_s, chunk.num_tokens if chunk is not None else 0)
+            self._pace.begin_step()
+            if self._batch is None:
+                self._pace.rest()
+                self._work_on_prompts()
+            else:
+                self._step_batch(self._batch)
+
+    def _step_batch(self, batch: Batch) -> None:
+        started_s = time.perf_counter()
+        if self._prompts and not self._has_arrived(batch):
+            return
+        prompts_s = time.perf_counter()
+        if self._prompts:
+            self._work_on_prompts()
+        prompts_s = time.perf_counter() - prompts_s
+        if self._batch is not None:
+            self._decode(self._batch)
+        self._pace.end_step(time.perf_counter() - started_s - prompts_s)
+
+    def _has_arrived(self, batch: Batch) -> bool:
+        """Wait for the step that is queued: neither its time nor its errors are a prompt's."""
+        try:
+            mx.eval(batch.ids)
+        except Exception as error:  # noqa: BLE001
+            self._restart(batch.rows, error)
+            return False
+        return True
 
     def _drop_ended(self) -> None:
         """Let go of rows that were cancelled, or whose time is over; decoded ones end with the token drawn already."""
@@ -192,9 +211,41 @@ class Engine:
         self._prompts[number] = run
         self._scheduler.note_reused(number, run.num_computed)
 
-    def _compute(self, number: int, chunk: Chunk) -> None:
-        run = self._prompts[number]
-        self._scheduler.note_computed(number, run.compute(self._stepper, chunk.num_tokens))
+    def _work_on_prompts(self) -> None:
+        """One chunk of one prompt; while rows are decoded, only as far as these can wait."""
+        is_decoding = self._batch is not None
+        while True:
+            chunk = self._chunk
+            layer = self._prompts[chunk.number].next_layer if chunk is not None else 0
+            num_tokens = chunk.num_tokens if chunk is not None else self._pace.chunk_tokens
+            if is_decoding and not self._pace.allows(layer, num_tokens):
+                return
+            if chunk is None:
+                chunk = self._scheduler.next_chunk(num_tokens if is_decoding else self._pace.full_chunk)
+                if chunk is None:
+                    return
+                self._chunk = chunk
+            self._guarded(chunk.number, self._compute)
+            if self._chunk is None:
+                return
+
+    def _compute(self, number: int) -> None:
+        """Go on with the chunk: through all layers, or through the next one where rows are decoded meanwhile."""
+        run, chunk = self._prompts[number], self._chunk
+        assert chunk is not None
+        started_s, layer = time.perf_counter(), run.next_layer
+        if layer == 0:
+            run.begin_chunk(self._stepper, chunk.num_tokens)
+        is_decoding = self._batch is not None
+        num_tokens = run.compute(1 if is_decoding else self.model.config.num_layers)
+        if is_decoding:
+            self._pace.note_layer(layer, chunk.num_tokens, time.perf_counter() - started_s)
+        if not num_tokens:
+            return
+        self._chunk = None
+        self._scheduler.note_computed(number, num_tokens)
+        if is_decoding:
+            self._pace.end_chunk(num_tokens)
         if not run.is_done:
             return
         self._store(run.keep_prefix)
@@ -288,15 +339,20 @@ class Engine:
     def _forget(self, number: int) -> None:
         row = self._rows.pop(number)
         del self._numbers[row]
-        self._prompts.pop(number, None)
+        self._leave_prompt(number)
         self._failures.pop(number, None)
         self._checkpoints.pop(row, None)
         self._scheduler.remove(number)
 
+    def _leave_prompt(self, number: int) -> None:
+        self._prompts.pop(number, None)
+        if self._chunk is not None and self._chunk.number == number:
+            self._chunk = None
+
     def _take_place(self, number: int) -> None:
         """Drop what a row holds; it waits, and is computed again later."""
         row = self._rows[number]
-        self._prompts.pop(number, None)
+        self._leave_prompt(number)
         self._checkpoints.pop(row, None)
         if self._batch is not None and row in self._batch.rows:
             self._keep(self._batch, [i for i, other in enumerate(self._batch.rows) if other is not row])
@@ -309,7 +365,7 @@ class Engine:
             count = self._failures[number] = self._failures.get(number, 0) + 1
             if row.finish_reason is None and len(rows) > 1 and count <= MAX_FAILURES:
                 self.num_restarted += 1
-                self._prompts.pop(number, None)
+                self._leave_prompt(number)
                 self._checkpoints.pop(row, None)
                 self._scheduler.send_back(number)
                 continue

@@ -9,6 +9,7 @@ import mlx.core as mx
 from lfm_mlx.cache import PrefixCache, State, Transcript
 from lfm_mlx.engine.batch import Batch
 from lfm_mlx.engine.request import Row
+from lfm_mlx.model import Passage
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.step import Stepper
 
@@ -29,6 +30,8 @@ class PromptRun:
     def __init__(self, row: Row, state: State, capacity: int, prefix_cache: PrefixCache | None = None) -> None:
         self.row = row
         self.ids: Sequence[int] = row.ids
+        self._piece: list[int] = []
+        self._passage: Passage | None = None
         self._transcript: Transcript | None = row.request.transcript
         self._borders: list[int] = []
         if self._transcript is not None:
@@ -48,17 +51,37 @@ class PromptRun:
         if not row.generated:
             row.cached_tokens = self.num_computed
 
-    def compute(self, stepper: Stepper, num_tokens: int) -> int:
-        """Take in at most so many further tokens, at least one; returns how many. What it computed is evaluated."""
+    def begin_chunk(self, stepper: Stepper, num_tokens: int) -> None:
+        """Start to take in at most so many further tokens, at least one."""
         start = self.num_computed
         stop = min([start + num_tokens, len(self.ids), *(border for border in self._borders if border > start)])
-        piece = list(self.ids[start:stop])
-        self._hidden = stepper.extend(self.state, mx.array([piece], dtype=mx.int32))
+        self._piece = list(self.ids[start:stop])
+        self._passage = stepper.passage(self.state, mx.array([self._piece], dtype=mx.int32))
+
+    @property
+    def next_layer(self) -> int:
+        """The layer that the chunk comes to next; 0 where none was begun."""
+        return self._passage.num_run if self._passage is not None else 0
+
+    def compute(self, num_layers: int) -> int:
+        """Go on with the chunk through at most so many layers, evaluated.
+
+        Returns:
+            How many tokens were taken in: all of the chunk's with its last layer, and 0 before.
+        """
+        passage = self._passage
+        assert passage is not None
+        passage.run(num_layers)
+        mx.eval(passage.arrays)
+        if not passage.is_done:
+            return 0
+        mx.eval(self.state.arrays)
+        self._hidden, self._passage = passage.normed[:, 0], None
         if self._transcript is not None:
-            self._transcript.record(piece)
+            self._transcript.record(self._piece)
             self._transcript.mark()
-        self.num_computed = stop
-        return len(piece)
+        self.num_computed += len(self._piece)
+        return len(self._piece)
 
     @property
     def is_done(self) -> bool:

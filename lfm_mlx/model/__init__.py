@@ -17,6 +17,7 @@ from lfm_mlx.model.linear import (
 from lfm_mlx.model.mlp import MLP
 from lfm_mlx.model.moe import MoE
 from lfm_mlx.model.norm import Norm
+from lfm_mlx.model.passage import Passage
 from lfm_mlx.model.short_conv import ShortConv
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MoE",
     "Model",
     "Norm",
+    "Passage",
     "QuantizedExpertLinear",
     "QuantizedLinear",
     "ShortConv",

@@ -41,12 +41,18 @@ class Block(Module):
         Returns:
             The layer's output ``(B, L, D)``, and `following` of it.
         """
+        return self.feed(x, self.mix(normed, state, span), following)
+
+    def mix(self, normed: mx.array, state: LayerState | None, span: Span) -> mx.array:
+        """The first half of a call: what the operator makes of ``(B, L, D)``; the layer's state moves on."""
         if isinstance(self.operator, Attention):
             assert state is None or isinstance(state, AttentionCache)
-            mixed = self.operator(normed, state, span)
-        else:
-            assert state is None or isinstance(state, ConvState)
-            mixed = self.operator(normed, state, span)
+            return self.operator(normed, state, span)
+        assert state is None or isinstance(state, ConvState)
+        return self.operator(normed, state, span)
+
+    def feed(self, x: mx.array, mixed: mx.array, following: Norm) -> tuple[mx.array, mx.array]:
+        """The second half of a call: what it returns, from the layer's input and the operator's output."""
         summed, normed = self._add(x, mixed)
         return self.feed_forward(normed, summed, following)
 

@@ -12,12 +12,13 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
-from lfm_mlx.cache import Span, State
+from lfm_mlx.cache import State
 from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import ContextLengthError, OptionError
 from lfm_mlx.model.block import Block
 from lfm_mlx.model.linear import AnyLinear, Embedding
 from lfm_mlx.model.norm import Norm
+from lfm_mlx.model.passage import Passage
 from lfm_mlx.types import SamplingParams
 
 
@@ -82,19 +83,9 @@ class Model(Module):
 
     def hidden(self, tokens: mx.array, state: State | None = None, *, lengths: Sequence[int] | None = None) -> mx.array:
         """Normalised hidden states ``(B, L, D)``: what `head` turns into logits. Arguments as for a call."""
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise OptionError(f"tokens has shape {tokens.shape}, expected (rows, tokens), both at least 1")
-        B, L = tokens.shape
-        if state is not None and state.batch_size != B:
-            raise OptionError(f"tokens has {B} rows, but the state has {state.batch_size}")
-        span = state.begin(L, lengths) if state is not None else Span.make((0,) * B, L, lengths)
-        x = self.embed_tokens(tokens).astype(self.dtype)
-        normed = self.layers[0].operator_norm(x)
-        for i, layer in enumerate(self.layers):
-            x, normed = layer(x, normed, state.layers[i] if state is not None else None, span, self.norm_behind(i))
-        if state is not None:
-            state.advance(span)
-        return normed
+        passage = Passage(self, tokens, state, lengths)
+        passage.run(len(self.layers))
+        return passage.normed
 
     def norm_behind(self, layer: int) -> Norm:
         """The norm that takes the output of layer `layer`: the next layer's first, or the one before the head."""

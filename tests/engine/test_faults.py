@@ -15,7 +15,7 @@ from lfm_mlx.cache import PrefixCache, State
 from lfm_mlx.engine import Engine, EngineThread, Request, Row
 from lfm_mlx.engine.batch import Batch
 from lfm_mlx.engine.engine import MAX_FAILURES
-from lfm_mlx.model import Model
+from lfm_mlx.model import Model, Passage
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.step import Stepper
 from lfm_mlx.types import FinishReason, SamplingParams
@@ -120,14 +120,39 @@ def has_poison(state: State, tokens: mx.array) -> bool:
 def test_a_prompt_that_fails_ends_its_row(
     monkeypatch: pytest.MonkeyPatch, model: Model, expected: list[list[int]]
 ) -> None:
-    extend = Stepper.extend
+    passage = Stepper.passage
 
-    def failing(stepper: Stepper, state: State, tokens: mx.array, counts: Any = None) -> mx.array:
+    def failing(stepper: Stepper, state: State, tokens: mx.array, counts: Any = None) -> Passage:
         if has_poison(state, tokens):
             raise InjectedError("prefill")
-        return extend(stepper, state, tokens, counts)
+        return passage(stepper, state, tokens, counts)
 
-    monkeypatch.setattr(Stepper, "extend", failing)
+    monkeypatch.setattr(Stepper, "passage", failing)
+    assert assert_only_the_poisoned_row_fails(model, expected, poisoned()).generated == []
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_prompt_that_fails_between_its_layers_ends_its_row(
+    monkeypatch: pytest.MonkeyPatch, model: Model, expected: list[list[int]], layer: int
+) -> None:
+    run_layers = Passage.run
+    poisoned_ones: list[Passage] = []
+
+    def failing(passage: Passage, num_layers: int) -> None:
+        if passage.num_run == layer and passage in poisoned_ones:
+            raise InjectedError("a layer")
+        run_layers(passage, num_layers)
+
+    begin = Stepper.passage
+
+    def watched(stepper: Stepper, state: State, tokens: mx.array, counts: Any = None) -> Passage:
+        made = begin(stepper, state, tokens, counts)
+        if has_poison(state, tokens):
+            poisoned_ones.append(made)
+        return made
+
+    monkeypatch.setattr(Passage, "run", failing)
+    monkeypatch.setattr(Stepper, "passage", watched)
     assert assert_only_the_poisoned_row_fails(model, expected, poisoned()).generated == []
 
 

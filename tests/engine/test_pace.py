@@ -1,49 +1,102 @@
-"""The chunk size, on made-up machines."""
+"""How much of a prompt runs in a step, on made-up machines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 
-from lfm_mlx.engine.pace import MIN_CHUNK, Pace
+from lfm_mlx.engine.pace import Pace
+
+NUM_LAYERS = 24
 
 
-def steps(pace: Pace, decode_s: float, start_s: float, token_s: float, count: int = 400) -> list[tuple[float, int]]:
-    """Seconds and prompt tokens of so many steps of a machine."""
-    taken = []
+@dataclass
+class Step:
+    """What one step of a machine took for prompts, and the tokens of the chunk that ended in it."""
+
+    prompts_s: float = 0.0
+    tokens: int = 0
+
+
+def run(pace: Pace, decode_s: float, layer_s: Callable[[int, int], float], count: int = 3000) -> list[Step]:
+    """So many steps; `layer_s` gives the seconds of a layer for a chunk of so many tokens."""
+    steps, layer, tokens = [], 0, 0
     for _ in range(count):
-        tokens = pace.max_chunk(is_decoding=True)
-        seconds = decode_s + (start_s + token_s * tokens if tokens else 0.0)
-        pace.note(seconds, tokens)
-        taken.append((seconds, tokens))
-    return taken
+        step = Step()
+        pace.begin_step()
+        while pace.allows(layer, tokens if layer else pace.chunk_tokens):
+            tokens = tokens if layer else pace.chunk_tokens
+            step.prompts_s += layer_s(layer, tokens)
+            pace.note_layer(layer, tokens, layer_s(layer, tokens))
+            layer = (layer + 1) % NUM_LAYERS
+            if layer == 0:
+                pace.end_chunk(tokens)
+                step.tokens = tokens
+                break
+        pace.end_step(decode_s)
+        steps.append(step)
+    return steps
 
 
-@pytest.mark.parametrize("token_s", [1e-5, 1e-4, 3e-4])
+@pytest.mark.parametrize("token_s", [1e-6, 1e-5, 1e-4])
 @pytest.mark.parametrize("decode_s", [0.01, 0.05])
-def test_a_step_with_a_chunk_takes_about_twice_as_long(decode_s: float, token_s: float) -> None:
-    later = steps(Pace(2048), decode_s, 0.2 * decode_s, token_s)[100:]
-    assert max(seconds for seconds, _ in later) <= 2.3 * decode_s
-    largest = max(tokens for _, tokens in later)
-    assert largest >= min(2048, 0.6 * decode_s / token_s)
-    assert sum(tokens > 0 for _, tokens in later) >= 0.7 * len(later)
+def test_a_step_with_a_part_of_a_prompt_takes_at_most_twice_as_long(decode_s: float, token_s: float) -> None:
+    later = run(Pace(2048), decode_s, lambda layer, n: 0.05 * decode_s + token_s * n)[1000:]
+    assert max(step.prompts_s for step in later) <= 1.01 * decode_s
+    # The slowest layer nearly fills a step, so little of what does not depend on the chunk is paid twice.
+    assert max(step.tokens for step in later) >= min(2048, 0.4 * decode_s / token_s)
+    assert sum(step.prompts_s for step in later) >= 0.5 * decode_s * len(later)
 
 
-def test_when_even_a_small_chunk_takes_long_it_is_paid_for() -> None:
-    later = steps(Pace(2048), 0.01, 0.1, 1e-3)[100:]
-    assert sum(seconds for seconds, _ in later) <= 2.3 * 0.01 * len(later)
-    # As long as its start: half of the work is not lost.
-    assert 60 <= max(tokens for _, tokens in later) <= 160
+def test_layers_of_unequal_cost_run_together_while_they_fit() -> None:
+    later = run(Pace(512), 0.01, lambda layer, n: n * (1e-4 if layer % 4 == 2 else 1e-5))[1000:]
+    assert max(step.prompts_s for step in later) <= 0.0101
+    assert 50 <= max(step.tokens for step in later) <= 75
 
 
-def test_the_chunk_follows_a_context_that_makes_it_slower() -> None:
+def test_when_even_one_layer_takes_long_it_is_paid_for() -> None:
+    later = run(Pace(2048), 0.01, lambda layer, n: 0.1 + 1e-3 * n)[1000:]
+    assert sum(step.prompts_s for step in later) <= 1.3 * 0.01 * len(later)
+    # About as long as its start: half of the work is not lost.
+    assert 50 <= max(step.tokens for step in later) <= 400
+
+
+def test_the_chunk_follows_a_context_that_makes_a_layer_slower() -> None:
+    depth = 0
+
+    def layer_s(layer: int, num_tokens: int) -> float:
+        nonlocal depth
+        depth += num_tokens if layer == 2 else 0
+        return num_tokens * (1e-5 + (1e-8 * depth if layer == 2 else 0.0))
+
+    steps = run(Pace(2048), 0.01, layer_s, 20_000)
+    assert max(step.tokens for step in steps) > 100
+    assert depth > 30_000
+    later = steps[-5_000:]
+    fitting = 0.01 / (1e-5 + 1e-8 * depth)
+    assert 0.3 * fitting <= max(step.tokens for step in later) <= 2 * fitting
+    assert sorted(step.prompts_s for step in later)[-50] <= 0.0101
+
+
+def test_the_rest_of_a_prompt_does_not_make_chunks_longer() -> None:
     pace = Pace(2048)
-    fast = steps(pace, 0.01, 0.001, 1e-5)[-1][1] or steps(pace, 0.01, 0.001, 1e-5, 2)[-1][1]
-    slow = [tokens for _, tokens in steps(pace, 0.01, 0.001, 3e-4)[250:] if tokens]
-    assert fast > 500
-    assert MIN_CHUNK <= min(slow) <= max(slow) < 60
+    run(pace, 0.01, lambda layer, n: 1e-4 * n)
+    pace.rest()
+    before = pace.chunk_tokens
+    for _ in range(100):
+        pace.begin_step()
+        pace.note_layer(0, 1, 1e-4)
+        pace.end_chunk(1)
+        pace.end_step(0.01)
+    assert pace.chunk_tokens <= before
 
 
-def test_without_running_rows_a_chunk_is_whole() -> None:
-    pace = Pace(512)
-    steps(pace, 0.01, 0.1, 1e-3)
-    assert pace.max_chunk(is_decoding=False) == 512
+def test_nothing_of_a_prompt_runs_before_it_is_known_how_long_decoding_takes() -> None:
+    pace = Pace(64)
+    pace.begin_step()
+    assert not pace.allows(0, pace.chunk_tokens)
+    pace.end_step(0.01)
+    pace.begin_step()
+    assert pace.allows(0, pace.chunk_tokens)
