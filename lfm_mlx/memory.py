@@ -6,6 +6,7 @@ prompt chunk. What does not fit is refused with the numbers instead of being fou
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,15 @@ def set_memory_limits(plan: MemoryPlan) -> None:
     mx.set_cache_limit(CPU_CACHE_BYTES if working_set is None else GPU_CACHE_BYTES)
     if working_set is not None and mx.metal.is_available():
         mx.set_wired_limit(min(plan.total_bytes, working_set))
+
+
+def release_freed() -> None:
+    """Give freed buffers, which MLX and the C library keep for the next allocation, back to the system."""
+    mx.clear_cache()
+    # Of glibc: its arenas keep what MLX has freed. Other C libraries have no such function.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes() -> int:

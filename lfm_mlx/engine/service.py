@@ -12,7 +12,7 @@ from lfm_mlx.cache import PrefixCache
 from lfm_mlx.engine.engine import Engine
 from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError
-from lfm_mlx.memory import available_bytes, row_bytes, rows_budget_bytes
+from lfm_mlx.memory import available_bytes, release_freed, row_bytes, rows_budget_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.types import check_integer
 
@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 
 ASSUMED_SERVICE_S = 2.0
 """How long a request is taken to last while none has ended yet."""
+
+REST_S = 1.0
+"""After so long without work, memory that is kept for the next request goes back to the system."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,16 +232,30 @@ class EngineThread:
 
     def _serve(self) -> None:
         while True:
-            if self._engine.is_idle and self.prefix_cache is not None:
-                self.prefix_cache.settle()
+            if self._engine.is_idle:
+                self._rest()
             with self._changed:
-                while not self._arrived and self._engine.is_idle:
-                    if self._is_closing:
-                        return
-                    self._changed.wait()
+                if self._is_closing and not self._arrived and self._engine.is_idle:
+                    return
                 arrived, self._arrived = self._arrived, []
             self._work(arrived)
             self._tell()
+
+    def _rest(self) -> None:
+        """Wait for work, or the end; meanwhile, tidy up."""
+        self._settle()
+        if not self._wait_for_work(REST_S):
+            self._settle()
+            release_freed()
+            self._wait_for_work(None)
+
+    def _settle(self) -> None:
+        if self.prefix_cache is not None:
+            self.prefix_cache.settle()
+
+    def _wait_for_work(self, timeout_s: float | None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._arrived) or self._is_closing, timeout_s)
 
     def _work(self, arrived: list[Row]) -> None:
         try:

@@ -32,6 +32,7 @@ API_KEY_VARIABLE = "LFM_MLX_API_KEY"
 @click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Answers written at once.")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Answers that may wait.")
 @click.option("--max-body-mb", type=click.FloatRange(0.001), default=16, show_default=True, help="Size of a request.")
+@click.option("--body-timeout", type=click.FloatRange(0.1), default=60, show_default=True, help="Seconds it may take.")
 @click.option("--request-timeout", type=click.FloatRange(0.001), help="Seconds an answer may take [default: no limit].")
 @click.option(
     "--prefix-cache-gb",
@@ -70,6 +71,7 @@ def command(
     max_rows: int,
     max_waiting: int,
     max_body_mb: float,
+    body_timeout: float,
     request_timeout: float | None,
     read_timeout: float,
     shutdown_timeout: float,
@@ -98,6 +100,7 @@ def command(
         api_keys=_keys(api_key_file),
         cors_origins=tuple(cors_origin),
         max_body_bytes=int(max_body_mb * 1e6),
+        body_timeout_s=body_timeout,
         request_timeout_s=request_timeout,
         keep_alive_s=keep_alive,
         logs_prompts=log_prompts,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm_mlx.server.chat_page import STATIC_PREFIX
@@ -65,7 +66,7 @@ class Access:
         try:
             self._check(scope, headers)
             await self._app(scope, receive, sending)
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect):
             status = CLIENT_GONE
         except Exception as error:
             # The last place where a client can be told.

@@ -11,6 +11,8 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from lfm_mlx.cache import PrefixCache
 from lfm_mlx.chat import Answer, AnswerOptions, RenderedPrompt
 from lfm_mlx.engine import EngineThread
@@ -244,6 +246,11 @@ class Service:
                 counters.held_bytes / max(counters.memory_bytes, 1),
             ),
             "prefix_cache_bytes": ("Bytes that the prefix cache holds.", cache.num_bytes if cache is not None else 0),
+            "device_memory_bytes": ("Bytes of arrays on the device, weights included.", mx.get_active_memory()),
+            "device_memory_kept_bytes": (
+                "Bytes of freed buffers kept for the next step; they go back when there is nothing to do.",
+                mx.get_cache_memory(),
+            ),
         }
 
     def totals(self) -> dict[str, tuple[str, float]]:

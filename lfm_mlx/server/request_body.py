@@ -8,9 +8,11 @@ import re
 import time
 from typing import Any, NoReturn
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
-from lfm_mlx.server.http_errors import ApiError
+from lfm_mlx.server.http_errors import ApiError, Dialect
 
 MAX_DEPTH = 64
 """Levels of lists and objects: tool schemas need a dozen."""
@@ -18,8 +20,9 @@ MAX_DEPTH = 64
 PARSE_IN_THREAD_BYTES = 256 << 10
 """Bodies from here on are parsed beside the event loop, which serves the others meanwhile."""
 
-DRAIN_S = 10.0
-"""How long the rest of a body that is too large is thrown away, so that its sender comes to read the answer."""
+DRAIN_S, DRAIN_SILENCE_S = 10.0, 1.0
+"""How long the rest of a refused body is thrown away, so that its sender comes to read the answer; and how long its
+sender may be silent meanwhile."""
 
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -40,11 +43,10 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
     """The bytes of a body; one that is too large is never held as a whole.
 
     Raises:
-        ApiError: it is too large, or takes too long.
+        BodyRefusedError: it is too large, by what it announces or by what came, or takes too long.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
-        await _drain(request)
         raise _too_large(int(announced), max_bytes)
     parts: list[bytes] = []
     num_bytes = 0
@@ -56,15 +58,14 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
                     break
                 parts.append(part)
     except asyncio.TimeoutError:
-        raise ApiError(
-            f"the body did not arrive within {timeout_s:g} s, expected it faster; send it again",
+        raise BodyRefusedError(
+            f"the body did not arrive within {timeout_s:g} s, expected it faster; send it again, or start the server "
+            "with a larger --body-timeout",
             status=408,
             code="timeout",
             closes=True,
         ) from None
     if num_bytes > max_bytes:
-        parts.clear()
-        await _drain(request)
         raise _too_large(num_bytes, max_bytes)
     return b"".join(parts)
 
@@ -122,8 +123,8 @@ def _too_deep() -> ApiError:
     )
 
 
-def _too_large(num_bytes: int, max_bytes: int) -> ApiError:
-    return ApiError(
+def _too_large(num_bytes: int, max_bytes: int) -> BodyRefusedError:
+    return BodyRefusedError(
         f"the body has {num_bytes:,} bytes or more, expected at most {max_bytes:,}; send less or start the server with "
         "a larger --max-body-mb",
         status=413,
@@ -143,17 +144,34 @@ def _finite(text: str) -> float:
     return value
 
 
-async def _drain(request: Request) -> None:
+class BodyRefusedError(ApiError):
+    """A body that is not read to its end: the answer does not wait for it, and the connection ends."""
+
+    def response(self, dialect: Dialect, request_id: str | None = None) -> JSONResponse:
+        """The whole answer."""
+        return _EarlyResponse(self.body(dialect, request_id), self.status, headers=self.headers)
+
+
+class _EarlyResponse(JSONResponse):
+    """Sent while the request is still on its way; a connection closed at once would take the answer with it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await _drain(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drain(receive: Receive) -> None:
     """Read and forget the rest of a body, for a while."""
-    started_s = time.monotonic()
-    try:
-        async with _Deadline(DRAIN_S):
-            while time.monotonic() - started_s < DRAIN_S:
-                message = await request.receive()
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except (asyncio.TimeoutError, ClientDisconnect):
-        return
+    end_s = time.monotonic() + DRAIN_S
+    while time.monotonic() < end_s:
+        try:
+            message = await asyncio.wait_for(receive(), DRAIN_SILENCE_S)
+        except asyncio.TimeoutError:
+            return
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
 
 
 class _Deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,3 +155,15 @@ def test_an_engine_that_starts_after_another_goes_on_from_what_that_one_wrote_to
         generated.append(row.generated)
     assert cached == [0, 59]
     assert generated[0] == generated[1]
+
+
+def test_freed_buffers_go_back_to_the_system_when_there_is_nothing_to_do(engine: EngineThread) -> None:
+    kept: list[int] = []
+    for number in range(2):
+        engine.submit(request(number, max_tokens=3), lambda: kept.append(mx.get_cache_memory()))
+        deadline = time.monotonic() + PATIENCE_S
+        while not kept or mx.get_cache_memory():
+            assert time.monotonic() < deadline, "they stay"
+            time.sleep(0.05)
+        assert max(kept) > 0
+        kept.clear()

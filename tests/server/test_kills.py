@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import random
 import resource
@@ -14,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import mlx.core as mx
 import pytest
 from conftest import PATIENCE_S, WEATHER_TOOL, Running, wait_until
 
+from lfm_mlx.server.access import CLIENT_GONE
 from lfm_mlx.server.app import ENDPOINTS
 from lfm_mlx.server.field_types import Fields
 from lfm_mlx.server.request_body import MAX_DEPTH
@@ -43,8 +44,9 @@ def held_bytes(served: Running) -> int:
     """What is held on the device, without what the prefix cache is there to hold."""
     cache = served.service.engine.prefix_cache
     assert cache is not None
-    assert cache.num_bytes <= cache.max_bytes
-    return mx.get_active_memory() - cache.num_bytes
+    numbers = served.http.get("/health").json()
+    assert numbers["prefix_cache_bytes"] <= cache.max_bytes
+    return int(numbers["device_memory_bytes"] - numbers["prefix_cache_bytes"])
 
 
 def connect(served: Running, *, receive_bytes: int | None = None) -> socket.socket:
@@ -174,6 +176,37 @@ def test_a_body_of_100_megabytes(served: Running, is_announced: bool) -> None:
     assert "2,000,000" in response.json()["error"]["message"]
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown * (1024 if os.uname().sysname == "Linux" else 1) < 30_000_000
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_body_that_is_too_large_is_refused_before_it_has_come(served: Running, path: str, is_announced: bool) -> None:
+    size = "content-length: 100000000" if is_announced else "transfer-encoding: chunked"
+    with connect(served) as raw:
+        raw.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n{size}\r\n\r\n".encode())
+        raw.sendall(b"x" * 1000 if is_announced else b"1e8480\r\n" + b"x" * 2_000_000 + b"\r\n5\r\nx")
+        received = b""
+        while part := raw.recv(1 << 16):  # To the end of the connection, though the client leaves it open.
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in head
+    assert json.loads(body)["error"]["type"] == ("request_too_large" if "messages" in path else "invalid_request_error")
+
+
+def test_a_client_that_goes_away_before_its_body_has_come_is_no_failure_of_the_server(
+    served: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("lfm_mlx.server")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.DEBUG, logger.name)
+    raw = connect(served)
+    raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{")
+    served.check_alive()
+    reset(raw)
+    wait_until(lambda: any(getattr(record, "fields", {}).get("status") == CLIENT_GONE for record in caplog.records))
+    logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_body_that_never_ends_or_never_comes(served: Running) -> None:

@@ -141,6 +141,28 @@ def test_a_signal_ends_the_process_well(number: signal.Signals, tmp_path: Path) 
     assert "sesame" not in log
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the metrics do not show resident memory")
+def test_memory_goes_back_to_the_system_after_long_prompts() -> None:
+    with process("--prefix-cache-gb", "0.001") as (_, url), httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
+
+        def resident() -> float:
+            lines = http.get("/metrics").text.splitlines()
+            return float(next(line for line in lines if line.startswith("process_resident_memory_bytes")).split()[1])
+
+        def ask(content: str) -> None:
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+        ask("Say hello.")
+        before = resident()
+        for number in range(2):
+            ask(f"{number} one two " * 100)
+        high = resident()
+        assert high > before + 20e6
+        wait_until(lambda: resident() < (before + high) / 2)
+        ask("Say hello.")
+
+
 def test_a_certificate_is_served(tmp_path: Path) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
@@ -180,4 +202,13 @@ def test_a_client_that_says_nothing_and_one_that_does_not_finish_are_sent_away()
         with socket.create_connection(("127.0.0.1", one.port), timeout=PATIENCE_S) as raw:
             raw.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
             assert raw.recv(1000).startswith(b"HTTP/1.1 408")
+            assert raw.recv(1000) == b""
+        for later in (b"GET / HT", b"POST /nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{"):
+            with socket.create_connection(("127.0.0.1", one.port), timeout=PATIENCE_S) as raw:
+                raw.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+                raw.sendall(later)
+                with contextlib.suppress(ConnectionResetError):
+                    while raw.recv(1000):
+                        pass
         one.check_alive()
