@@ -30,6 +30,9 @@ LIVE_SCORE_ARRAYS = 8
 GPU_CACHE_BYTES, CPU_CACHE_BYTES = 512 << 20, 64 << 20
 """Freed buffers that MLX keeps for the next allocation; on the CPU a new one costs little."""
 
+GPU_STEP_BYTES, CPU_STEP_BYTES = 256 << 20, 16 << 20
+"""What a GPU reads, and the CPU computes on, in the time that a step takes to be launched."""
+
 SMALLEST_CONTEXT = 4096
 """The context that has to fit for a model to be loaded at all, unless the caller names one."""
 
@@ -171,6 +174,15 @@ def row_capacity(num_tokens: int) -> int:
     """Tokens that buffers are made for when a row has so many: at most a quarter more, so that copying stays rare."""
     step = max(GROWTH_TOKENS, 1 << max(num_tokens.bit_length() - 3, 0))
     return -(-num_tokens // step) * step
+
+
+def step_bytes(shared_bytes: int) -> int:
+    """What one more decode step costs, as bytes that could be read meanwhile.
+
+    Args:
+        shared_bytes: of the weights that every step reads.
+    """
+    return shared_bytes + (CPU_STEP_BYTES if _gpu_working_set() is None else GPU_STEP_BYTES)
 
 
 def row_bytes(config: ModelConfig, num_tokens: int, *, kv_bits: int | None, dtype: mx.Dtype) -> int:

@@ -16,7 +16,7 @@ from lfm_mlx.engine.prompt_run import PromptRun
 from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.engine.scheduler import Chunk, Scheduler
 from lfm_mlx.errors import MemoryPlanError, OptionError
-from lfm_mlx.memory import prefill_chunk_tokens, row_bytes, row_capacity
+from lfm_mlx.memory import prefill_chunk_tokens, row_bytes, row_capacity, step_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.step import stepper_of
 
@@ -64,7 +64,12 @@ class Engine:
         self._stepper = stepper_of(model)
         # Not a method: an engine that refers to itself would be freed late, and its caches with it.
         bytes_of = partial(row_bytes, model.config, kv_bits=self.kv_bits, dtype=model.dtype)
-        self._scheduler = Scheduler(max_rows=max_rows, budget_bytes=memory_bytes, bytes_of=bytes_of)
+        self._scheduler = Scheduler(
+            max_rows=max_rows,
+            budget_bytes=memory_bytes,
+            bytes_of=bytes_of,
+            padding_bytes=step_bytes(model.shared_bytes),
+        )
         self._pace = Pace(prefill_chunk_tokens(model.config, model.dtype))
         self._rows: dict[int, Row] = {}
         self._numbers: dict[Row, int] = {}
@@ -72,7 +77,7 @@ class Engine:
         self._chunk: Chunk | None = None
         self._failures: dict[int, int] = {}
         self._num_submitted = 0
-        self._batch: Batch | None = None
+        self._batches: dict[int, Batch] = {}
         self._checkpoints: dict[Row, dict[int, mx.array]] = {}
 
     @property
@@ -140,9 +145,10 @@ class Engine:
     @property
     def held_bytes(self) -> int:
         """Bytes of keys, values and convolution rows that are held for rows."""
-        held = sum(run.state.num_bytes for run in list(self._prompts.values()))
-        batch = self._batch  # Another thread may ask.
-        return held + (batch.state.num_bytes if batch is not None else 0)
+        # Another thread may ask.
+        states = [run.state for run in list(self._prompts.values())]
+        states += [batch.state for batch in list(self._batches.values())]
+        return sum(state.num_bytes for state in states)
 
     def step(self) -> None:
         """One token of every row that is decoded, and before it as much of a prompt as they can wait for."""
@@ -152,44 +158,46 @@ class Engine:
             for number in places.sent_back:
                 self.num_sent_back += 1
                 self._take_place(number)
+            if places.joined is not None:
+                into, other = places.joined
+                self._join(into, self._batches.pop(other))
             for number in places.admitted:
                 self._guarded(number, self._begin)
             self._pace.begin_step()
-            if self._batch is None:
+            if not self._batches:
                 self._pace.rest()
                 self._work_on_prompts()
             else:
-                self._step_batch(self._batch)
+                self._step_batches()
 
-    def _step_batch(self, batch: Batch) -> None:
+    def _step_batches(self) -> None:
         started_s = time.perf_counter()
-        if self._prompts and not self._has_arrived(batch):
-            return
-        prompts_s = time.perf_counter()
+        prompts_s = 0.0
         if self._prompts:
+            for batch in list(self._batches.values()):
+                self._wait(batch)
+            prompts_s = time.perf_counter()
             self._work_on_prompts()
-        prompts_s = time.perf_counter() - prompts_s
-        if self._batch is not None:
-            self._decode(self._batch)
+            prompts_s = time.perf_counter() - prompts_s
+        for batch in list(self._batches.values()):
+            self._decode(batch)
         self._pace.end_step(time.perf_counter() - started_s - prompts_s)
 
-    def _has_arrived(self, batch: Batch) -> bool:
+    def _wait(self, batch: Batch) -> None:
         """Wait for the step that is queued: neither its time nor its errors are a prompt's."""
         try:
             mx.eval(batch.ids)
         except Exception as error:  # noqa: BLE001
             self._restart(batch.rows, error)
-            return False
-        return True
 
     def _drop_ended(self) -> None:
         """Let go of rows that were cancelled, or whose time is over; decoded ones end with the token drawn already."""
-        decoded = self._batch.rows if self._batch is not None else []
+        decoded = [row for batch in self._batches.values() for row in batch.rows]
         for row in self._rows.values():
             if row not in decoded:
                 row.check()
-        if self._batch is not None:
-            self._release(self._batch)
+        for batch in list(self._batches.values()):
+            self._release(batch)
         for number in [number for number, row in self._rows.items() if row.finish_reason is not None]:
             if (run := self._prompts.get(number)) is not None:
                 self._store(run.keep_prefix)
@@ -213,7 +221,7 @@ class Engine:
 
     def _work_on_prompts(self) -> None:
         """One chunk of one prompt; while rows are decoded, only as far as these can wait."""
-        is_decoding = self._batch is not None
+        is_decoding = bool(self._batches)
         while True:
             chunk = self._chunk
             layer = self._prompts[chunk.number].next_layer if chunk is not None else 0
@@ -236,7 +244,7 @@ class Engine:
         started_s, layer = time.perf_counter(), run.next_layer
         if layer == 0:
             run.begin_chunk(self._stepper, chunk.num_tokens)
-        is_decoding = self._batch is not None
+        is_decoding = bool(self._batches)
         num_tokens = run.compute(1 if is_decoding else self.model.config.num_layers)
         if is_decoding:
             self._pace.note_layer(layer, chunk.num_tokens, time.perf_counter() - started_s)
@@ -258,12 +266,15 @@ class Engine:
         self._checkpoints[row] = {}
         if row.finish_reason is not None:
             self._finish(row, ready, 0)
-        elif self._batch is None:
-            self._batch = ready
-        else:
-            self._join(self._batch, ready)
+            return
+        group = self._scheduler.group_of(number)
+        assert group is not None
+        self._join(group, ready)
 
-    def _join(self, batch: Batch, ready: Batch) -> None:
+    def _join(self, group: int, ready: Batch) -> None:
+        batch = self._batches.setdefault(group, ready)
+        if batch is ready:
+            return
         try:
             batch.join(ready)
         except Exception as error:  # noqa: BLE001
@@ -310,9 +321,12 @@ class Engine:
 
     def _keep(self, batch: Batch, rows: list[int]) -> None:
         if not rows:
-            self._batch = None
+            self._remove(batch)
         elif len(rows) < len(batch.rows):
             batch.keep(rows, row_capacity(max(batch.state.lengths[i] for i in rows) + 1))
+
+    def _remove(self, batch: Batch) -> None:
+        self._batches = {group: other for group, other in self._batches.items() if other is not batch}
 
     def _finish(self, row: Row, batch: Batch, index: int) -> None:
         """Keep what an ended row has computed, for those who asked for it, and forget it."""
@@ -354,12 +368,15 @@ class Engine:
         row = self._rows[number]
         self._leave_prompt(number)
         self._checkpoints.pop(row, None)
-        if self._batch is not None and row in self._batch.rows:
-            self._keep(self._batch, [i for i, other in enumerate(self._batch.rows) if other is not row])
+        for batch in list(self._batches.values()):
+            if row in batch.rows:
+                self._keep(batch, [i for i, other in enumerate(batch.rows) if other is not row])
 
     def _restart(self, rows: list[Row], error: Exception) -> None:
         """A step of these rows failed, and nobody knows what their state is: they are computed again, or end."""
-        self._batch = None
+        for batch in list(self._batches.values()):
+            if rows[0] in batch.rows:
+                self._remove(batch)
         for row in rows:
             number = self._numbers[row]
             count = self._failures[number] = self._failures.get(number, 0) + 1

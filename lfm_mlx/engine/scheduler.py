@@ -1,11 +1,13 @@
 """Who is computed next: a policy over whole numbers, without arrays and without a clock.
 
 Requests are known by their number; a smaller one arrived earlier. Each waits, then its prompt is computed chunk by
-chunk, then it is decoded with all others that are. Four rules:
+chunk, then it is decoded with all others that are. Five rules:
 
-- *Memory.* Rows share buffers that are as long as the longest of them, so what they hold is their number times its
-  bytes. A request is admitted while that stays within the budget, with room to grow. When the rows outgrow the budget
-  all the same, the youngest goes back to the queue, and what it had is computed again later.
+- *Groups.* Rows that are decoded together share buffers that are as long as the longest of them, and what a short one
+  is padded with is held and read for nothing. So a row joins a group only where that costs little.
+- *Memory.* A group holds its number of rows times the bytes of its longest. A request is admitted while all together
+  stay within the budget, with room to grow. When the rows outgrow the budget all the same, the youngest goes back to
+  the queue, and what it had is computed again later.
 - *Order.* Requests are admitted as they came; one that does not fit yet may be overtaken a few times, and no more.
 - *Prompts.* Of the tokens computed, half go to the oldest prompt and half to the one that is done soonest: a short
   prompt does not wait for a long one, and no stream of short ones keeps a long one from its end.
@@ -15,6 +17,7 @@ chunk, then it is decoded with all others that are. Four rules:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,12 +37,14 @@ class Job:
         num_tokens: tokens the row has or is to have before it is decoded further: prompt and answer so far.
         num_computed: those of them that were computed; all of them where the row is decoded.
         num_overtaken: later requests that were admitted before it.
+        group: the group it is decoded in; None before.
     """
 
     number: int
     num_tokens: int
     num_computed: int = 0
     num_overtaken: int = 0
+    group: int | None = None
 
     @property
     def num_missing(self) -> int:
@@ -49,10 +54,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Who loses a place and what it holds, and who then gets one."""
+    """Who loses a place and what it holds, who then gets one, and two groups of which the second joins the first."""
 
     sent_back: tuple[int, ...] = ()
     admitted: tuple[int, ...] = ()
+    joined: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +76,18 @@ class Scheduler:
         max_rows: rows that have a place at the same time.
         budget_bytes: what they may hold together; None sets no limit.
         bytes_of: bytes of one row of so many tokens; it never falls with their number.
+        padding_bytes: what rows of a group may be padded with, all of them together; None sets no limit.
     """
 
-    def __init__(self, *, max_rows: int, budget_bytes: int | None, bytes_of: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        budget_bytes: int | None,
+        bytes_of: Callable[[int], int],
+        padding_bytes: int | None = None,
+    ) -> None:
+        self.padding_bytes = padding_bytes
         self.max_rows = max_rows
         self.budget_bytes = budget_bytes
         self.bytes_of = bytes_of
@@ -97,8 +112,15 @@ class Scheduler:
         self._rows[number].num_computed = num_tokens
 
     def note_computed(self, number: int, num_tokens: int) -> None:
-        """So many more tokens of a prompt were computed; with the last one the row is decoded."""
-        self._rows[number].num_computed += num_tokens
+        """So many more tokens of a prompt were computed; with the last one the row is decoded, in its `group_of`."""
+        job = self._rows[number]
+        job.num_computed += num_tokens
+        if not job.num_missing:
+            job.group = self._group_for(job)
+
+    def group_of(self, number: int) -> int | None:
+        """The group that a row with a place is decoded in; None while its prompt is computed."""
+        return self._rows[number].group
 
     def note_generated(self, number: int, num_tokens: int) -> None:
         """A decoded row has grown to so many tokens."""
@@ -108,13 +130,14 @@ class Scheduler:
     def send_back(self, number: int) -> None:
         """Take a row's place away; all its tokens are to be computed again."""
         job = self._rows.pop(number)
-        job.num_computed = 0
+        job.num_computed, job.group = 0, None
         self._waiting[number] = job
 
     def assign(self) -> Places:
         """Decide who has a place, before each step; it counts as done."""
         sent_back = tuple(self._make_room())
-        return Places(sent_back=sent_back, admitted=() if sent_back else tuple(self._admit()))
+        joined = self._join_groups()
+        return Places(sent_back=sent_back, admitted=() if sent_back else tuple(self._admit()), joined=joined)
 
     def next_chunk(self, max_tokens: int) -> Chunk | None:
         """The prompt to compute next, at most so many tokens of it; None where there is none. `note_computed` it."""
@@ -147,8 +170,52 @@ class Scheduler:
         return len(self._waiting)
 
     def _bytes_with(self, more: list[Job], growth: int) -> int:
-        sizes = [job.num_tokens + growth for job in [*self._rows.values(), *more]]
-        return len(sizes) * self.bytes_of(max(sizes)) if sizes else 0
+        rows = [*self._rows.values(), *more]
+        alone = [[job] for job in rows if job.group is None]
+        return sum(len(group) * self._longest_bytes(group, growth) for group in [*alone, *self._groups().values()])
+
+    def _longest_bytes(self, jobs: list[Job], growth: int = 0) -> int:
+        return self.bytes_of(max(job.num_tokens for job in jobs) + growth)
+
+    def _groups(self) -> dict[int, list[Job]]:
+        """The rows that are decoded, by their group."""
+        found: dict[int, list[Job]] = {}
+        for job in self._rows.values():
+            if job.group is not None:
+                found.setdefault(job.group, []).append(job)
+        return found
+
+    def _padding(self, jobs: list[Job]) -> int:
+        """Bytes that these rows would be padded with in one group."""
+        return len(jobs) * self._longest_bytes(jobs) - sum(self.bytes_of(job.num_tokens) for job in jobs)
+
+    def _fit_together(self, first: list[Job], second: list[Job], padding_bytes: int | None) -> bool:
+        both = [*first, *second]
+        if padding_bytes is not None and self._padding(both) > padding_bytes:
+            return False
+        if self.budget_bytes is None:
+            return True
+        apart = sum(len(jobs) * self._longest_bytes(jobs, 1) for jobs in (first, second))
+        return self.held_bytes - apart + len(both) * self._longest_bytes(both, 1) <= self.budget_bytes
+
+    def _group_for(self, job: Job) -> int:
+        """The group where a row that is to be decoded costs the least padding, or a new one."""
+        groups = self._groups()
+        fitting = [group for group, jobs in groups.items() if self._fit_together(jobs, [job], self.padding_bytes)]
+        if fitting:
+            return min(fitting, key=lambda group: (self._padding([*groups[group], job]), group))
+        return max(groups, default=-1) + 1
+
+    def _join_groups(self) -> tuple[int, int] | None:
+        """Two groups that have come to fit together well; their rows are one group then."""
+        limit = self.padding_bytes // 2 if self.padding_bytes is not None else None
+        groups = self._groups()
+        for first, second in itertools.combinations(groups, 2):
+            if self._fit_together(groups[first], groups[second], limit):
+                for job in groups[second]:
+                    job.group = first
+                return first, second
+        return None
 
     def _make_room(self) -> Iterator[int]:
         while self.budget_bytes is not None and len(self._rows) > 1 and self.held_bytes > self.budget_bytes:

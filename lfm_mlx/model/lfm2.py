@@ -17,6 +17,7 @@ from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import ContextLengthError, OptionError
 from lfm_mlx.model.block import Block
 from lfm_mlx.model.linear import AnyLinear, Embedding
+from lfm_mlx.model.moe import MoE
 from lfm_mlx.model.norm import Norm
 from lfm_mlx.model.passage import Passage
 from lfm_mlx.types import SamplingParams
@@ -132,3 +133,11 @@ class Model(Module):
     def num_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(array.nbytes for array in dict(tree_flatten(self.parameters())).values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the weights that every step reads, whatever its tokens: all but the experts'."""
+        experts = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+        parts = [part for moe in experts for part in (moe.gate_up_proj, moe.down_proj)]
+        arrays: list[mx.array] = [array for part in parts for array in dict(tree_flatten(part.parameters())).values()]
+        return self.num_bytes - sum(array.nbytes for array in arrays)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from random_models import tiny_config, tiny_model
 
+from lfm_mlx import memory
 from lfm_mlx.cache import PrefixCache, Transcript
 from lfm_mlx.engine import Engine, PackedMask, Request, Row, scheduler
 from lfm_mlx.engine.masks import batch_mask
@@ -389,3 +390,29 @@ def test_an_edited_message_reuses_everything_up_to_the_message(model: Model) -> 
     stale_row, _ = continue_transcript(model, Transcript(model.new_state()), prompt)
     assert not np.array_equal(np.array(logits), np.array(model(mx.array([prompt]))[:, -1:]))
     assert stale_row.cached_tokens == 0
+
+
+def test_a_long_row_and_short_ones_are_decoded_apart_and_write_the_same(
+    monkeypatch: pytest.MonkeyPatch, model: Model
+) -> None:
+    monkeypatch.setattr(memory, "CPU_STEP_BYTES", 100_000 - model.shared_bytes)
+    mixed = requests((90, 50, 60, 50))
+    mixed[0] = dataclasses.replace(mixed[0], prompt=[*PROMPTS[0]] * 250)
+    engine = Engine(model, max_rows=4)
+    rows = [engine.submit(request) for request in mixed]
+    most = 0
+    while not engine.is_idle:
+        engine.step()
+        most = max(most, engine.held_bytes)
+    assert [row.generated for row in rows] == [alone(model, request) for request in mixed]
+    long = max(len(request.prompt) for request in mixed)
+    together = Engine(model, max_rows=4)
+    monkeypatch.setattr(together._scheduler, "padding_bytes", None)
+    rows = [together.submit(request) for request in mixed]
+    padded = 0
+    while not together.is_idle:
+        together.step()
+        padded = max(padded, together.held_bytes)
+    assert [row.generated for row in rows] == [alone(model, request) for request in mixed]
+    assert padded >= 3 * engine.bytes_of(long)
+    assert most < 0.8 * padded

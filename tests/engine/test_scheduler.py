@@ -16,8 +16,11 @@ def bytes_of(num_tokens: int) -> int:
 class World:
     """Does what a scheduler plans, and checks what it promises."""
 
-    def __init__(self, *, max_rows: int = 4, budget_bytes: int | None = None) -> None:
-        self.scheduler = Scheduler(max_rows=max_rows, budget_bytes=budget_bytes, bytes_of=bytes_of)
+    def __init__(self, *, max_rows: int = 4, budget_bytes: int | None = None, padding_bytes: int | None = None) -> None:
+        self.scheduler = Scheduler(
+            max_rows=max_rows, budget_bytes=budget_bytes, bytes_of=bytes_of, padding_bytes=padding_bytes
+        )
+        self.groups: dict[int, set[int]] = {}
         self.prompts: dict[int, int] = {}
         self.answers: dict[int, int] = {}
         self.written: dict[int, int] = {}
@@ -44,6 +47,7 @@ class World:
             if number in places:
                 places.remove(number)
         self.computed.pop(number, None)
+        self.groups = {group: left for group, rows in self.groups.items() if (left := rows - {number})}
 
     @property
     def live(self) -> list[int]:
@@ -53,8 +57,11 @@ class World:
         return self.prompts[number] + self.written[number]
 
     def held_bytes(self) -> int:
-        sizes = [self.size(number) for number in self.admitted]
-        return len(sizes) * bytes_of(max(sizes)) if sizes else 0
+        alone = [{number} for number in self.admitted if number not in self.decoding]
+        return sum(len(rows) * bytes_of(max(map(self.size, rows))) for rows in [*alone, *self.groups.values()])
+
+    def padding_bytes(self, rows: set[int]) -> int:
+        return len(rows) * bytes_of(max(map(self.size, rows))) - sum(bytes_of(self.size(number)) for number in rows)
 
     def step(self, max_chunk: int) -> tuple[Places, Chunk | None]:
         self.num_steps += 1
@@ -64,6 +71,9 @@ class World:
         for number in places.sent_back:
             self.num_sent_back += 1
             self.drop(number)
+        if places.joined is not None:
+            into, other = places.joined
+            self.groups[into] |= self.groups.pop(other)
         for number in places.admitted:
             self.admitted.append(number)
             self.computed[number] = 0
@@ -73,6 +83,8 @@ class World:
         for number in list(self.decoding):
             self.written[number] += 1
             self.scheduler.note_generated(number, self.size(number))
+        assert sorted(number for rows in self.groups.values() for number in rows) == sorted(self.decoding)
+        assert all(self.scheduler.group_of(number) == group for group, rows in self.groups.items() for number in rows)
         assert len(self.admitted) <= self.scheduler.max_rows
         assert self.scheduler.num_admitted == len(self.admitted)
         assert self.scheduler.num_waiting == len(self.live) - len(self.admitted)
@@ -92,6 +104,12 @@ class World:
         self.scheduler.note_computed(number, count)
         if self.computed[number] == self.size(number):
             self.decoding.append(number)
+            group = self.scheduler.group_of(number)
+            assert group is not None
+            rows = self.groups.setdefault(group, set())
+            rows.add(number)
+            limit = self.scheduler.padding_bytes
+            assert limit is None or len(rows) == 1 or self.padding_bytes(rows) <= limit
 
     def run(self, max_chunk: int = 64, limit: int = 20_000) -> None:
         for _ in range(limit):
@@ -111,13 +129,19 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 300), st.integ
     budget_rows=st.integers(0, 3),
     chunks=st.lists(st.integers(0, 400), min_size=1, max_size=5),
     cancelled=st.sets(st.integers(0, 13), max_size=4),
+    padding_bytes=st.none() | st.integers(0, 10_000),
 )
 def test_every_request_ends_within_the_budgets(
-    requests: list[tuple[int, int, int]], max_rows: int, budget_rows: int, chunks: list[int], cancelled: set[int]
+    requests: list[tuple[int, int, int]],
+    max_rows: int,
+    budget_rows: int,
+    chunks: list[int],
+    cancelled: set[int],
+    padding_bytes: int | None,
 ) -> None:
     largest = max(prompt + answer for prompt, answer, _ in requests)
     budget = None if budget_rows == 0 else bytes_of(largest) * budget_rows
-    world = World(max_rows=max_rows, budget_bytes=budget)
+    world = World(max_rows=max_rows, budget_bytes=budget, padding_bytes=padding_bytes)
     for prompt, answer, pause in requests:
         assert world.scheduler.fits_alone(prompt + answer)
         number = world.add(prompt, answer)
@@ -182,7 +206,7 @@ def test_when_memory_runs_short_the_youngest_goes_back_and_ends_later() -> None:
 def test_a_large_request_is_overtaken_only_a_few_times() -> None:
     world = World(max_rows=4, budget_bytes=4 * bytes_of(1000))
     world.add(200, 100)
-    large = world.add(3000, 1)
+    large = world.add(3600, 1)
     order: list[int] = []
     while large not in order:
         if len(world.live) < 6:
@@ -212,3 +236,27 @@ def test_what_was_found_in_a_cache_is_not_computed() -> None:
     world.scheduler.note_reused(0, 90)
     world.computed[0] = 90
     assert world.step(64)[1] == Chunk(number=0, num_tokens=10)
+
+
+def test_short_rows_are_not_padded_to_a_long_one() -> None:
+    world = World(padding_bytes=bytes_of(1000))
+    for prompt in (3000, 100, 200, 300):
+        world.add(prompt, 10)
+    while len(world.decoding) < 4:
+        world.step(4000)
+    assert list(world.groups.values()) == [{0}, {1, 2, 3}]
+    assert world.held_bytes() == world.scheduler.held_bytes == bytes_of(3010) + 3 * bytes_of(312)
+
+
+def test_groups_that_fit_together_become_one() -> None:
+    world = World(padding_bytes=29_000)
+    for prompt, answer in ((100, 50), (100, 50), (100, 300), (1200, 300)):
+        world.add(prompt, answer)
+    while len(world.decoding) < 4:
+        world.step(4000)
+    assert list(world.groups.values()) == [{0, 1, 2}, {3}]
+    while len(world.live) > 2:
+        assert len(world.groups) == 2
+        world.step(4000)
+    assert world.step(4000)[0].joined is not None
+    assert list(world.groups.values()) == [{2, 3}]
