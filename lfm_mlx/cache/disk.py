@@ -37,6 +37,9 @@ from lfm_mlx.errors import OptionError
 _LOG = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{40}")
 _READERS = 4
+RETRY_S = 60.0
+"""After a failure, seconds until a block is written again."""
+
 _ABANDONED_S = 3600.0
 """After this time a file that was not renamed into place belongs to no living process."""
 
@@ -64,10 +67,10 @@ class DiskStore:
         max_bytes: most that all files of the folder take; those of other models go first, then what was not used for
             longest.
         fingerprint: of the checkpoint, see `checkpoint_fingerprint`.
+        retry_s: after a failure, seconds until a block is written again.
 
     Attributes:
         num_bytes: bytes of all files known, those of other models included.
-        is_writing: whether blocks are still written; a full or unwritable disk ends it, with one warning.
         num_written: blocks written.
         num_damaged: files refused because they were damaged or something else.
 
@@ -75,7 +78,7 @@ class DiskStore:
         OptionError: the folder cannot be made, or `max_bytes` is not positive.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, fingerprint: str) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, fingerprint: str, retry_s: float = RETRY_S) -> None:
         if max_bytes < 1:
             raise OptionError(f"max_bytes is {max_bytes}, expected at least 1")
         try:
@@ -86,7 +89,8 @@ class DiskStore:
             ) from error
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.is_writing = True
+        self.retry_s = retry_s
+        self._next_try_s: float | None = None  # None while writing succeeds.
         self.num_written = self.num_damaged = 0
         self._root = folder
         self._fingerprint = fingerprint
@@ -120,6 +124,11 @@ class DiskStore:
             self._give_up(error)
             return []
         return sorted(headers, key=lambda header: header.start)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether blocks are written; a full or unwritable disk interrupts it, with one warning."""
+        return self._next_try_s is None or time.monotonic() >= self._next_try_s
 
     def has_file(self, key: str) -> bool:
         """Whether the block is in its file."""
@@ -259,19 +268,29 @@ class DiskStore:
     def _write(self, writing: Writing, path: Path, views: Tensors) -> None:
         try:
             if self.is_writing and not writing.is_cancelled:
+                path.parent.mkdir(exist_ok=True)
                 writing.num_file_bytes = write_block(path, writing.header, views)
+                self._go_on()
         except OSError as error:
             self._give_up(error)
         finally:
             self._done.append(writing)
 
     def _give_up(self, error: OSError) -> None:
-        """Write no more; what is in memory and what was written stays usable."""
-        if self.is_writing:
-            self.is_writing = False
+        """Write no more for a while; what is in memory and what was written stays usable."""
+        if self._next_try_s is None:
             _LOG.warning(
-                "prefix cache: %s: %s; from now on prefixes are kept in memory only", self._folder, error.strerror
+                "prefix cache: %s: %s; prefixes are kept in memory only, and writing is tried again every %g s",
+                self._folder,
+                error.strerror,
+                self.retry_s,
             )
+        self._next_try_s = time.monotonic() + self.retry_s
+
+    def _go_on(self) -> None:
+        if self._next_try_s is not None:
+            self._next_try_s = None
+            _LOG.warning("prefix cache: %s: prefixes are written again", self._folder)
 
     def _read(self, key: str) -> StoredBlock | BlockFileError | OSError:
         try:

@@ -24,17 +24,19 @@ class JsonLines(logging.Formatter):
 
 
 def set_up_log(level: str) -> None:
-    """Send the server's records, and uvicorn's, to standard error.
+    """Send our records, and those of uvicorn and asyncio, to standard error.
 
     Args:
         level: "debug", "info", "warning" or "error".
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("lfm_mlx.server", "uvicorn.error"):
+    for name in ("lfm_mlx", "uvicorn.error", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.propagate = False
         logger.setLevel(level.upper())
     # What uvicorn says of its starting and stopping is no news beside our own.
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger("lfm_mlx.server").level))
+    for name in ("uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.setLevel(max(logging.WARNING, logger.level))

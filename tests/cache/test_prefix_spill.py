@@ -321,7 +321,7 @@ def test_a_restart_knows_what_was_used_last(disk: Disk) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is a thing of Linux")
-def test_a_full_disk_ends_writing_with_one_warning_and_loses_nothing(
+def test_a_full_disk_interrupts_writing_with_one_warning_and_loses_nothing(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(disk.open(), IDS)
@@ -337,13 +337,36 @@ def test_a_full_disk_ends_writing_with_one_warning_and_loses_nothing(
         run(cache, drawn(70, 1))
         disk.settle()
     assert len(caplog.records) == 1
-    assert "No space left on device; from now on prefixes are kept in memory only" in caplog.text
+    assert "No space left on device; prefixes are kept in memory only" in caplog.text
     reused, logits = run(cache, [*IDS, 9])
     assert reused == 69
     assert is_cold(logits, [*IDS, 9])
     cache.shrink(0)
     assert (cache.num_bytes, cache.find([*IDS, 9])) == (0, 0)
     assert all(path.is_symlink() for path in disk.folder.glob("*/*"))
+
+
+def test_writing_is_tried_again_now_and_then_until_it_succeeds(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    def write(ids: list[int], *, is_time: bool) -> int:
+        if is_time:
+            disk.store._next_try_s = 0.0
+        run(cache, ids)
+        disk.settle()
+        return len(disk.files)
+
+    cache = disk.open()
+    (folder,) = disk.folder.iterdir()
+    folder.rmdir()
+    folder.touch()  # Nothing can be written into a file.
+    with caplog.at_level(logging.WARNING):
+        assert write(IDS, is_time=False) == 0
+        assert write([*IDS, *drawn(20, 1)], is_time=True) == 0
+        folder.unlink()
+        assert write([*IDS, *drawn(20, 2)], is_time=False) == 0
+        assert len(caplog.records) == 1
+        assert write([*IDS, *drawn(20, 3)], is_time=True) > 0
+    assert [("tried again" in text, "written again" in text) for text in caplog.messages] == [(1, 0), (0, 1)]
+    assert disk.open().find([*IDS, *drawn(20, 3), 9]) == 89
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

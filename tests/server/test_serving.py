@@ -26,7 +26,7 @@ from lfm_mlx.errors import OptionError
 from lfm_mlx.server import bind
 from lfm_mlx.server.__main__ import command, model_names
 from lfm_mlx.server.access import read_keys
-from lfm_mlx.server.request_log import JsonLines
+from lfm_mlx.server.request_log import JsonLines, set_up_log
 
 SECRET = "What is the capital of Wonderland?"
 
@@ -107,6 +107,21 @@ def test_the_log_has_prompts_only_where_asked(logs_prompts: bool, caplog: pytest
     assert any(SECRET in json.dumps(line) for line in lines) == logs_prompts
     logged = next(line for line in lines if line.get("id") == answer.headers["x-request-id"])
     assert (logged["method"], logged["path"], logged["status"]) == ("POST", "/v1/chat/completions", 200)
+
+
+def test_whatever_is_logged_is_a_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["lfm_mlx.server", "lfm_mlx.cache.disk", "lfm_mlx.engine.service", "uvicorn.error", "asyncio"]
+    before = {name: logging.getLogger(name) for name in ("lfm_mlx", "uvicorn.error", "asyncio")}
+    handlers = {name: logger.handlers for name, logger in before.items()}
+    set_up_log("info")
+    try:
+        for name in names:
+            logging.getLogger(name).warning("from %s", name)
+    finally:
+        for name, logger in before.items():
+            logger.handlers = handlers[name]
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == [f"from {name}" for name in names]
 
 
 @contextlib.contextmanager
