@@ -7,6 +7,7 @@ from lfm_mlx.cache.fingerprint import checkpoint_fingerprint
 from lfm_mlx.cache.kv_cache import KVCache
 from lfm_mlx.cache.prefix import BLOCK_TOKENS, PrefixCache
 from lfm_mlx.cache.prefix_block import Block
+from lfm_mlx.cache.prefix_spill import Reading
 from lfm_mlx.cache.quantized_kv_cache import KV_BITS, QuantizedKVCache, kv_group_size
 from lfm_mlx.cache.span import Span
 from lfm_mlx.cache.state import LayerState, Mark, Snapshot, State
@@ -25,6 +26,7 @@ __all__ = [
     "Mark",
     "PrefixCache",
     "QuantizedKVCache",
+    "Reading",
     "Snapshot",
     "Span",
     "State",

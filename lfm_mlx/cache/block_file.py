@@ -60,14 +60,21 @@ class BlockHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBlock:
-    """A block's tensors as they were read and checked: bytes, dtypes and shapes, no arrays of MLX yet."""
+    """A block's tensors as they were read and checked, in whatever thread: copied, and nothing left to compute.
+
+    Args:
+        header: of the file.
+        values: by name: the array, of a dtype of the same size that NumPy has too, and its own dtype.
+    """
 
     header: BlockHeader
-    tensors: Tensors
+    values: Mapping[str, tuple[mx.array, mx.Dtype]]
 
     def as_block(self) -> Block:
-        """The block, in arrays of its own."""
-        arrays = {name: _as_array(*tensor) for name, tensor in self.tensors.items()}
+        """The block; in the thread that will use it, for it queues work on the device."""
+        arrays = {
+            name: found if found.dtype == dtype else found.view(dtype) for name, (found, dtype) in self.values.items()
+        }
         columns = [arrays[f"columns.{i}"] for i in range(sum(name.startswith("columns.") for name in arrays))]
         return Block(columns, {length: arrays[f"checkpoint.{length}"] for length in self.header.lengths})
 
@@ -141,7 +148,8 @@ def read_block(path: Path) -> StoredBlock:
         raise BlockFileError("its checksum is not that of its data")
     tensors = {name: (dtype, shape, data[begin:end]) for name, (dtype, shape, begin, end) in entries.items()}
     _, _, tokens = tensors.pop("tokens", ("", (), memoryview(b"")))
-    return StoredBlock(header=_block_header(entries, facts, tokens), tensors=tensors)
+    values = {name: _copied(*tensor) for name, tensor in tensors.items()}
+    return StoredBlock(header=_block_header(entries, facts, tokens), values=values)
 
 
 Entry = tuple[str, tuple[int, ...], int, int]
@@ -211,6 +219,5 @@ def _bytes_of(found: mx.array) -> memoryview:
     return memoryview(cast(Any, found)).cast("B") if found.size else memoryview(b"")
 
 
-def _as_array(dtype: str, shape: tuple[int, ...], data: memoryview) -> mx.array:
-    values = mx.array(np.frombuffer(data, dtype=_NUMPY_OF[dtype]).reshape(shape))
-    return values.view(_DTYPES[dtype]) if dtype == "BF16" else values
+def _copied(dtype: str, shape: tuple[int, ...], data: memoryview) -> tuple[mx.array, mx.Dtype]:
+    return mx.array(np.frombuffer(data, dtype=_NUMPY_OF[dtype]).reshape(shape)), _DTYPES[dtype]

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,10 +185,21 @@ class DiskStore:
 
     def read(self, keys: Sequence[str]) -> list[Block | None]:
         """Blocks, several files at once; None for one that is gone or damaged, which is forgotten."""
-        if self._readers is None and len(keys) > 1:
-            self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="prefix-cache-reader")
-        read = map if self._readers is None else self._readers.map
+        read = map if len(keys) < 2 else self._pool().map
         return [self._checked(key, found) for key, found in zip(keys, read(self._read, keys), strict=True)]
+
+    def size(self, key: str) -> int:
+        """Bytes of a block's file."""
+        return self._sizes[key]
+
+    def begin_read(self, key: str) -> Future[StoredBlock | BlockFileError | OSError]:
+        """Read a block while the caller does something else."""
+        return self._pool().submit(self._read, key)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="prefix-cache-reader")
+        return self._readers
 
     def take_written(self) -> list[Writing]:
         """Those that came to their end since the last call: written ones have `num_file_bytes`."""
@@ -229,7 +240,7 @@ class DiskStore:
         if self._writer is not None:
             self._writer.join(timeout_s)
         if self._readers is not None:
-            self._readers.shutdown()
+            self._readers.shutdown(cancel_futures=True)
         self._writer = self._readers = None
 
     def wait(self, timeout_s: float) -> bool:

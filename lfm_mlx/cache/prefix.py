@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from lfm_mlx.cache.disk import DiskStore
 from lfm_mlx.cache.prefix_block import Block, BlockLayout, fill_state
-from lfm_mlx.cache.prefix_spill import BlockNode, Kept, Spill
+from lfm_mlx.cache.prefix_spill import BlockNode, Kept, Reading, Spill
 from lfm_mlx.cache.prefix_tree import PrefixTree
 from lfm_mlx.cache.state import State
 from lfm_mlx.config import ModelConfig
@@ -17,6 +17,9 @@ from lfm_mlx.errors import OptionError
 
 BLOCK_TOKENS = 256
 """Tokens a block holds at most; a checkpoint of the convolutions at every end of one adds 5 % to its bytes."""
+
+READING_PART = 2
+"""Blocks that are read ahead of rows take at most this part of what is allowed: more would push each other out."""
 
 QUEUED_PART = 8
 """Blocks that left memory and wait for the disk take at most this part of what is allowed; others are dropped."""
@@ -67,6 +70,7 @@ class PrefixCache:
         self._tree: PrefixTree[Kept] = PrefixTree(block_tokens, Kept(block=None))
         self._by_age: OrderedDict[BlockNode, int] = OrderedDict()  # Bytes of each; parents behind their children.
         self._block_bytes = 0
+        self._reading_bytes = 0
         self._spill = Spill(self._tree, disk, self._layout, max_bytes // QUEUED_PART) if disk is not None else None
 
     @property
@@ -93,6 +97,28 @@ class PrefixCache:
     def find(self, ids: Sequence[int]) -> int:
         """How many tokens of `ids` a row could reuse; always fewer than all of them. Changes nothing."""
         return self._find(ids)[1]
+
+    def begin_restore(self, ids: Sequence[int]) -> Reading | None:
+        """Start to read from the disk what `restore` will need, so that it need not wait for that.
+
+        Returns:
+            For `finish_reading`, once it is done; None where nothing is to be read, or too much at once.
+        """
+        if self._spill is None:
+            return None
+        reading = self._spill.begin_load(self._find(ids)[0], self.max_bytes // READING_PART - self._reading_bytes)
+        if reading is not None:
+            self._reading_bytes += reading.num_bytes
+        return reading
+
+    def finish_reading(self, reading: Reading) -> None:
+        """Have in memory what was read; waits for it where it is not done."""
+        assert self._spill is not None
+        self._reading_bytes -= reading.num_bytes
+        self._spill.finish_load(reading)
+        # Some may have left the tree meanwhile.
+        self._touch([node for node in reading.path if node.parent is not None and node.value.block is not None])
+        self.shrink(self.max_bytes)
 
     def restore(self, ids: Sequence[int], state: State) -> int:
         """Put a row to the furthest checkpoint that `ids` share with an earlier row.

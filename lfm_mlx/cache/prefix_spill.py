@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.cache.block_file import BlockHeader
+from lfm_mlx.cache.block_file import BlockHeader, StoredBlock
 from lfm_mlx.cache.disk import DiskStore
 from lfm_mlx.cache.prefix_block import Block, BlockLayout
 from lfm_mlx.cache.prefix_tree import Node, PrefixTree, path_to
@@ -34,6 +35,33 @@ class Kept:
 
 
 BlockNode = Node[Kept]
+
+
+class Reading:
+    """Blocks on their way from the disk to memory.
+
+    Args:
+        path: nodes from the root's child on.
+        parts: those of them that are read, the keys they had then, and what comes.
+        num_bytes: of their files.
+    """
+
+    def __init__(
+        self, path: Sequence[BlockNode], parts: Sequence[tuple[BlockNode, str, Future[Any]]], num_bytes: int
+    ) -> None:
+        self.path = path
+        self.parts = parts
+        self.num_bytes = num_bytes
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all has come."""
+        return all(future.done() for _, _, future in self.parts)
+
+    def call_when_done(self, on_done: Callable[[], None]) -> None:
+        """Call back, from another thread, whenever something has come."""
+        for _, _, future in self.parts:
+            future.add_done_callback(lambda _: on_done())
 
 
 class Spill:
@@ -101,6 +129,29 @@ class Spill:
             else:
                 lost = lost or node
         return lost
+
+    def begin_load(self, path: Sequence[BlockNode], max_bytes: int) -> Reading | None:
+        """Start to read what `load` would read; None where that is nothing, or more than `max_bytes`."""
+        keys = [node.value.key for node in path]
+        absent = [
+            (node, key)
+            for node, key in zip(path, keys, strict=True)
+            if node.value.block is None and key is not None and self.store.has_file(key)
+        ]
+        num_bytes = sum(self.store.size(key) for _, key in absent)
+        if not 0 < num_bytes <= max_bytes:
+            return None
+        parts = [(node, key, self.store.begin_read(key)) for node, key in absent]
+        return Reading(path, parts, num_bytes)
+
+    def finish_load(self, reading: Reading) -> None:
+        """Have what was read in memory; what is damaged is left to `load`, which says so."""
+        for node, key, future in reading.parts:
+            found = None if future.cancelled() or future.exception() is not None else future.result()
+            if node.value.key == key and node.value.block is None and isinstance(found, StoredBlock):
+                block = found.as_block()
+                if found.header.key == key and self._layout.fits(block, len(node.tokens), node.value.lengths):
+                    node.value.block = block
 
     def touch(self, path: Sequence[BlockNode]) -> None:
         """Nodes were used, from the tree's root on."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lfm_mlx.cache import PrefixCache
+from lfm_mlx.cache import PrefixCache, Reading
 from lfm_mlx.engine.engine import Engine
 from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError
@@ -94,6 +94,7 @@ class EngineThread:
         self._changed = threading.Condition()
         self._arrived: list[Row] = []
         self._rows: list[Row] = []
+        self._reading: dict[Row, Reading] = {}
         self._is_closing = False
         self._num_requests = 0
         self._num_refused = 0
@@ -235,9 +236,9 @@ class EngineThread:
             if self._engine.is_idle:
                 self._rest()
             with self._changed:
-                if self._is_closing and not self._arrived and self._engine.is_idle:
-                    return
                 arrived, self._arrived = self._arrived, []
+                if self._is_closing and not (arrived or self._reading) and self._engine.is_idle:
+                    return
             self._work(arrived)
             self._tell()
 
@@ -255,11 +256,16 @@ class EngineThread:
 
     def _wait_for_work(self, timeout_s: float | None) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: bool(self._arrived) or self._is_closing, timeout_s)
+            return self._changed.wait_for(self._has_work, timeout_s)
+
+    def _has_work(self) -> bool:
+        if self._arrived or (self._is_closing and not self._reading):
+            return True
+        return any(reading.is_done for reading in self._reading.values())
 
     def _work(self, arrived: list[Row]) -> None:
         try:
-            for row in arrived:
+            for row in self._ready(arrived):
                 self._engine.add(row)
             self._follow_memory()
             self._engine.step()
@@ -269,6 +275,30 @@ class EngineThread:
             for row in self._rows:
                 row.end("error", error)
             self._engine = self._new_engine()
+
+    def _ready(self, arrived: list[Row]) -> list[Row]:
+        """The rows that join the engine now; for others, what they begin with is still being read from the disk."""
+        cache = self.prefix_cache
+        if cache is None:
+            return arrived
+        ready = []
+        for row in arrived:
+            reading = cache.begin_restore(row.ids)
+            if reading is None:
+                ready.append(row)
+            else:
+                self._reading[row] = reading
+                reading.call_when_done(self._notify)
+        for row, reading in list(self._reading.items()):
+            if reading.is_done:
+                del self._reading[row]
+                ready.append(row)
+                cache.finish_reading(reading)
+        return ready
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _follow_memory(self) -> None:
         """Once a second, see how much memory other programs have left."""

@@ -167,3 +167,36 @@ def test_freed_buffers_go_back_to_the_system_when_there_is_nothing_to_do(engine:
             time.sleep(0.05)
         assert max(kept) > 0
         kept.clear()
+
+
+def test_rows_go_on_while_another_one_s_prefix_is_read_from_disk(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [7 + i % 80 for i in range(60)]
+    may_read = threading.Event()
+
+    def started() -> EngineThread:
+        store = DiskStore(tmp_path, max_bytes=1 << 30, fingerprint="one")
+        cache = PrefixCache(model.config, dtype=model.dtype, max_bytes=1 << 30, block_tokens=16, disk=store)
+        return EngineThread(model, prefix_cache=cache)
+
+    def read_late(self: DiskStore, key: str) -> object:
+        assert may_read.wait(PATIENCE_S)
+        return read(self, key)
+
+    engine = started()
+    expected = Finished(engine, request(0, prompt=prompt)).wait().generated
+    engine.close()
+    read = DiskStore._read
+    monkeypatch.setattr(DiskStore, "_read", read_late)
+    engine = started()
+    restored, cancelled = Finished(engine, request(0, prompt=prompt)), Finished(engine, request(0, prompt=prompt))
+    cancelled.row.cancel()  # type: ignore[union-attr]
+    assert len(Finished(engine, request(3)).wait().generated) > 0
+    assert restored.row is not None
+    assert (restored.row.generated, engine.counters.num_waiting) == ([], 2)
+    may_read.set()
+    assert restored.wait().generated == expected
+    assert restored.row.cached_tokens == 59
+    assert cancelled.wait().finish_reason == "cancelled"
+    engine.close()
