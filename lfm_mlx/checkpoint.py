@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from lfm_mlx.config import ModelConfig, Quantization, read_config
+from lfm_mlx.distributed import Cut, Part, read_ranges, take_part
 from lfm_mlx.errors import CheckpointError
 from lfm_mlx.names import Part, Shape, expected_tensors, is_matrix, parts_of
 
@@ -125,12 +126,38 @@ class Checkpoint:
             return array.transpose(0, 2, 1)
         return array
 
+    def tensor_part(self, name: str, cut: Cut, part: Part) -> mx.array:
+        """One rank's part of our tensor `name`; of the other parts, a few megabytes are in memory at a time.
+
+        Args:
+            name: of a tensor that is cut.
+            cut: how.
+            part: the rank's.
+        """
+        sources = self.sources(name)
+        if sources[0].part.expert is not None:
+            if cut.axis == 0:
+                return mx.stack([self._stored(sources[expert].info) for expert in part.of(len(sources))])
+            return mx.stack([_read_part(source.info, cut.axis - 1, cut, part) for source in sources])
+        (source,) = sources
+        if source.part.rows is not None or source.part.is_taps:
+            return take_part(self.tensor(name), cut, part)
+        return _read_part(source.info, cut.axis % len(source.info.shape), cut, part)
+
     def _stored(self, info: TensorInfo) -> mx.array:
         """The stored tensor, lazily; a file's other tensors stay unread."""
         opened = self._opened.get(info.file, {})
         if info.name not in opened:
             opened = self._opened[info.file] = _open_file(info.file)
         return opened.pop(info.name)
+
+
+def _read_part(info: TensorInfo, axis: int, cut: Cut, part: Part) -> mx.array:
+    try:
+        array = read_ranges(info.file, info.offset, info.shape, info.dtype, axis, cut.ranges(info.shape[axis], part))
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot be read ({error}); fetch the file again") from error
+    return array
 
 
 def _open_file(file: Path) -> dict[str, mx.array]:

@@ -81,6 +81,8 @@ class ModelConfig:
     ffn_size: int
     """Width of a dense feed-forward layer after the two-thirds rule."""
     conv_taps: int
+    conv_size: int
+    """Channels of a short convolution: `hidden_size`, unless the model is a part of one."""
     conv_bias: bool
     norm_eps: float
     rope_theta: float
@@ -151,6 +153,7 @@ class ModelConfig:
             head_dim=keys.integer("head_dim", default=hidden_size // num_heads),
             ffn_size=keys.integer("intermediate_size") if is_moe else _dense_ffn_size(keys),
             conv_taps=keys.integer("conv_L_cache", default=3, minimum=2),
+            conv_size=hidden_size,
             conv_bias=keys.boolean("conv_bias", default=False),
             norm_eps=keys.number("norm_eps", "block_norm_eps", default=1e-5),
             rope_theta=_rope_theta(keys),

@@ -12,6 +12,7 @@
     ├── MemoryPlanError       the machine does not have the bytes that were asked for
     ├── QueueFullError        too many requests wait for the engine already
     ├── EngineClosedError     the engine takes no more requests
+    ├── RankError             a process of a distributed run is gone, or is not like the others
     └── ConversionError       a checkpoint cannot be converted or written
 
 Each message says what was found, what was expected, and what to do.
@@ -64,6 +65,10 @@ class QueueFullError(LfmError):
 
 class EngineClosedError(LfmError):
     """The engine was closed and takes no more requests."""
+
+
+class RankError(LfmError):
+    """A process of a distributed run is gone, does not answer, or has another version, checkpoint or option."""
 
 
 class ConversionError(LfmError):

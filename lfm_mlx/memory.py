@@ -114,7 +114,7 @@ def plan_memory(
         kv_bits=kv_bits,
         weight_bytes=weight_bytes,
         kv_bytes=num_attention * layer_bytes,
-        conv_bytes=num_conv * batch_size * (config.conv_taps - 1) * config.hidden_size * dtype.size,
+        conv_bytes=num_conv * batch_size * (config.conv_taps - 1) * config.conv_size * dtype.size,
         # A growing cache exists twice, layer by layer; the layer's scores are computed when it has grown.
         transient_bytes=layer_bytes * bool(num_attention)
         + batch_size * chunk * activation_bytes_per_token(config, dtype)
@@ -190,7 +190,7 @@ def row_bytes(config: ModelConfig, num_tokens: int, *, kv_bits: int | None, dtyp
     num_attention = len(config.attention_layers)
     num_conv = config.num_layers - num_attention
     kv_bytes = num_attention * row_capacity(num_tokens) * kv_bytes_per_token(config, kv_bits, dtype)
-    return kv_bytes + num_conv * (config.conv_taps - 1) * config.hidden_size * dtype.size
+    return kv_bytes + num_conv * (config.conv_taps - 1) * config.conv_size * dtype.size
 
 
 def rows_budget_bytes(config: ModelConfig, available_bytes: int, *, dtype: mx.Dtype, max_rows: int) -> int:
@@ -215,7 +215,7 @@ def activation_bytes_per_token(config: ModelConfig, dtype: mx.Dtype) -> int:
     """Bytes a token takes in the widest part of a layer, with the residual and the layer's input alive beside it."""
     D = config.hidden_size
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    parts = [3 * D + 4 * D, 2 * heads + 2 * config.num_heads * config.head_dim, 3 * config.ffn_size]
+    parts = [3 * config.conv_size + 4 * D, 2 * heads + 2 * config.num_heads * config.head_dim, 3 * config.ffn_size]
     if config.is_moe:
         # Sorted copies of the input, gate and up, their product, outputs, and outputs put back in order.
         parts.append(config.num_active_experts * (3 * D + 3 * config.expert_ffn_size))

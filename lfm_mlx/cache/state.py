@@ -82,7 +82,7 @@ class State:
         layers: list[LayerState] = [
             attention_cache()
             if kind == "full_attention"
-            else ConvState.zeros(batch_size, config.conv_taps - 1, config.hidden_size, dtype)
+            else ConvState.zeros(batch_size, config.conv_taps - 1, config.conv_size, dtype)
             for kind in config.layer_types
         ]
         return cls(layers, (0,) * batch_size, config.max_context)

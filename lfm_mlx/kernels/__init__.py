@@ -4,10 +4,10 @@ from lfm_mlx.kernels import choice, compiling
 from lfm_mlx.kernels.add_norm import ADD_NORM, add_norm
 from lfm_mlx.kernels.choice import KERNEL_NAMES, KERNELS_VARIABLE, MAX_TOKENS, Case, FusedKernel, has_metal
 from lfm_mlx.kernels.chunked_attention import SCORE_BYTES, attend_in_chunks
-from lfm_mlx.kernels.combine_norm import COMBINE_NORM, combine_norm
+from lfm_mlx.kernels.combine_norm import COMBINE_NORM, combine, combine_norm
 from lfm_mlx.kernels.compiling import COMPILE_VARIABLE, is_compiling
 from lfm_mlx.kernels.elementwise import combine_experts, gated_conv, rank_experts, silu_multiply, weigh_experts
-from lfm_mlx.kernels.expert_router import ROUTER, Routing, route
+from lfm_mlx.kernels.expert_router import ROUTER, Routing, route, weights_of
 from lfm_mlx.kernels.metal_kernel import MetalKernel
 from lfm_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
 from lfm_mlx.kernels.verdict import Verdict, tried_again
@@ -34,6 +34,7 @@ __all__ = [
     "add_norm",
     "attend_in_chunks",
     "choice",
+    "combine",
     "combine_experts",
     "combine_norm",
     "compiling",
@@ -46,4 +47,5 @@ __all__ = [
     "silu_multiply",
     "tried_again",
     "weigh_experts",
+    "weights_of",
 ]

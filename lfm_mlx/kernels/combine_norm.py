@@ -102,27 +102,42 @@ def _reference(
     weight: mx.array,
     eps: float,
 ) -> Pair:
-    A, D = routing.scores.shape[-1], residual.shape[-1]
-    if outputs.ndim == 4 and not compiling.is_compiling():
-        # What compiles to one kernel is some thirty operations otherwise, and few tokens are no work for any of them.
-        summed = _product(residual, outputs, routing, scaling_factor, normalize_weights)
-        return summed, mx.fast.rms_norm(summed, weight, eps)
-    parts = _parts(outputs, A, D)
-    shape = parts[0].shape
-    scores = [routing.scores[..., i : i + 1] for i in range(A)]
-    if routing.is_weighed:
-        summed = weigh_experts(residual.reshape(shape), parts, scores)
-    else:
-        summed = combine_experts(residual.reshape(shape), parts, scores, scaling_factor, normalize_weights)
-    summed = summed.reshape(residual.shape)
+    summed = combine(residual, outputs, routing, scaling_factor, normalize_weights)
     return summed, mx.fast.rms_norm(summed, weight, eps)
 
 
+def combine(
+    residual: mx.array | None,
+    outputs: mx.array,
+    routing: Routing,
+    scaling_factor: float,
+    normalize_weights: bool,
+) -> mx.array:
+    """The sum in `combine_norm`, by stock operations and without the norm; arguments as there.
+
+    Returns:
+        The shape and dtype of `residual`; without one, ``(T, 1, 1, D)`` or ``(T, D)`` as `outputs` are, in their dtype.
+    """
+    A = routing.scores.shape[-1]
+    D = outputs.shape[-1] if outputs.ndim == 4 else outputs.shape[-1] // A
+    if outputs.ndim == 4 and not compiling.is_compiling():
+        # What compiles to one kernel is some thirty operations otherwise, and few tokens are no work for any of them.
+        return _product(residual, outputs, routing, scaling_factor, normalize_weights)
+    parts = _parts(outputs, A, D)
+    scores = [routing.scores[..., i : i + 1] for i in range(A)]
+    added = residual.reshape(parts[0].shape) if residual is not None else None
+    if routing.is_weighed:
+        summed = weigh_experts(added, parts, scores)
+    else:
+        summed = combine_experts(added, parts, scores, scaling_factor, normalize_weights)
+    return summed if residual is None else summed.reshape(residual.shape)
+
+
 def _product(
-    residual: mx.array, outputs: mx.array, routing: Routing, scaling_factor: float, normalize_weights: bool
+    residual: mx.array | None, outputs: mx.array, routing: Routing, scaling_factor: float, normalize_weights: bool
 ) -> mx.array:
     """The sum as a matrix product a token, in few operations."""
-    A, D = routing.scores.shape[-1], residual.shape[-1]
+    A, D = routing.scores.shape[-1], outputs.shape[-1]
     weights = routing.scores.reshape(-1, 1, A).astype(mx.float32)
     if not routing.is_weighed:
         weights = mx.sigmoid(weights)
@@ -131,6 +146,8 @@ def _product(
         if scaling_factor != 1.0:
             weights = weights * scaling_factor
     total = weights @ outputs.reshape(-1, A, D).astype(mx.float32)  # (T, 1, D)
+    if residual is None:
+        return total[:, None].astype(outputs.dtype)
     return (residual.astype(mx.float32) + total.reshape(residual.shape)).astype(residual.dtype)
 
 

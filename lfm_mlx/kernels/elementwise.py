@@ -51,7 +51,7 @@ def rank_experts(logits: mx.array, bias: mx.array | None) -> mx.array:
 
 @fused
 def combine_experts(
-    residual: mx.array,
+    residual: mx.array | None,
     outputs: Sequence[mx.array],
     logits: Sequence[mx.array],
     scaling_factor: float,
@@ -60,7 +60,7 @@ def combine_experts(
     """Weigh the experts' outputs, add them, and add the residual.
 
     Args:
-        residual: ``(T, D)``.
+        residual: ``(T, D)``, or None to add none.
         outputs: A arrays ``(T, D)``.
         logits: the router's logits of those experts, A arrays ``(T, 1)``.
         scaling_factor: factor on the weights.
@@ -76,13 +76,18 @@ def combine_experts(
         total = total / (weight_sum + WEIGHT_SUM_EPS)
     if scaling_factor != 1.0:
         total = total * scaling_factor
-    return (residual.astype(mx.float32) + total).astype(residual.dtype)
+    return _added(residual, total, outputs[0].dtype)
 
 
 @fused
-def weigh_experts(residual: mx.array, outputs: Sequence[mx.array], weights: Sequence[mx.array]) -> mx.array:
+def weigh_experts(residual: mx.array | None, outputs: Sequence[mx.array], weights: Sequence[mx.array]) -> mx.array:
     """``residual + sum of weight * output``: `combine_experts` with float32 weights ``(T, 1)`` at hand."""
     total = weights[0] * outputs[0].astype(mx.float32)
     for weight, output in zip(weights[1:], outputs[1:], strict=True):
         total = total + weight * output.astype(mx.float32)
-    return (residual.astype(mx.float32) + total).astype(residual.dtype)
+    return _added(residual, total, outputs[0].dtype)
+
+
+def _added(residual: mx.array | None, total: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The sum of a residual, if there is one, and a float32 total, rounded to the residual's dtype, or to `dtype`."""
+    return total.astype(dtype) if residual is None else (residual.astype(mx.float32) + total).astype(residual.dtype)

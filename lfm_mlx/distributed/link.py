@@ -1,0 +1,276 @@
+"""Connections between rank 0 and the others, beside those of `mlx.distributed`: notes of what to do, and signs of life.
+
+A collective waits for ever for a rank that is gone. So every rank sends a sign of life twice a second; one whose
+connection closes, or that is silent too long, ends all of them, and rank 0 says which it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lfm_mlx.distributed.world import World
+from lfm_mlx.errors import OptionError, RankError
+
+BEAT_S = 0.5
+STALL_S = 8.0
+"""A rank that sends nothing for so long has stalled."""
+
+ARRIVAL_S = 60.0
+"""In which all ranks have to have started."""
+
+BLAME_S = 1.0
+"""A rank whose own work fails waits so long: mostly it failed because another rank is gone."""
+
+_TOLD = "rank 0 is gone: it failed"
+"""How the failure begins of which rank 0 has told its user already."""
+
+_GREETING = b"lfm_mlx rank "
+
+Note = dict[str, Any]
+"""What is sent: anything that JSON can say."""
+
+
+class Peer:
+    """One connection; a thread reads it and puts notes into `notes`.
+
+    Args:
+        connection: to the other rank.
+        on_loss: called once, with what happened, when the other side is gone or silent.
+    """
+
+    def __init__(self, connection: socket.socket, on_loss: Callable[[str], None]) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(STALL_S)
+        self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self._connection = connection
+        self._on_loss = on_loss
+        self._sending = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._read, name="lfm-link", daemon=True).start()
+
+    def send(self, note: Note | None = None) -> None:
+        """Send a note, or a sign of life."""
+        text = "" if note is None else json.dumps(note, separators=(",", ":"))
+        try:
+            with self._sending:
+                self._connection.sendall(text.encode() + b"\n")
+        except OSError as error:
+            self._on_loss(_told(error))
+
+    def _read(self) -> None:
+        rest = b""
+        while True:
+            try:
+                data = self._connection.recv(1 << 16)
+            except OSError as error:
+                self._on_loss(_told(error))
+                return
+            if not data:
+                self._on_loss("its connection was closed")
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in filter(None, lines):
+                note = json.loads(line)
+                if "failed" in note:
+                    self._on_loss(f"it failed with {note['failed']}")
+                    return
+                self.notes.put(note)
+
+
+def _told(error: OSError) -> str:
+    return f"it was silent for {STALL_S:g} s" if isinstance(error, TimeoutError) else f"its connection broke ({error})"
+
+
+class Link:
+    """This rank's connections: rank 0 has one to every other rank, which have one to it.
+
+    Args:
+        world: the processes.
+        arrival_s: in which all of them have to come.
+
+    Attributes:
+        failure: what ended the run; None while it goes on.
+        on_failure: called when the run ends because a rank is gone, before this process does; what it returns is how
+            many seconds the process shall live on.
+
+    Raises:
+        RankError: not all came.
+        OptionError: rank 0's address cannot be listened on.
+    """
+
+    def __init__(self, world: World, *, arrival_s: float = ARRIVAL_S) -> None:
+        self.world = world
+        self.failure: RankError | None = None
+        self.on_failure: Callable[[RankError], float] | None = None
+        self._is_closing = False
+        self._failing = threading.Lock()
+        connections = _accept_all(world, arrival_s) if world.rank == 0 else {0: _connect(world, arrival_s)}
+        self.peers = {rank: Peer(one, self._loss_of(rank)) for rank, one in sorted(connections.items())}
+        for peer in self.peers.values():
+            peer.start()
+        threading.Thread(target=self._beat, name="lfm-beat", daemon=True).start()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0."""
+        return self.world.rank == 0
+
+    def send(self, note: Note) -> None:
+        """Rank 0: send a note to every other rank."""
+        for peer in self.peers.values():
+            peer.send(note)
+
+    def receive(self) -> Note:
+        """Other ranks: rank 0's next note; waits for it."""
+        note = self.peers[0].notes.get()
+        if "end" in note:
+            self._is_closing = True
+        return note
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Compare what all ranks have to have alike; all of them call it, and go on together.
+
+        Raises:
+            RankError: one has something else; the message names it.
+        """
+        mine = json.loads(json.dumps(facts))
+        if not self.is_leader:
+            self.peers[0].send({"facts": mine})
+            answer = self.receive()
+            if "refused" in answer:
+                raise RankError(str(answer["refused"]))
+            return
+        problem = next(filter(None, (_difference(rank, self._facts_of(rank), mine) for rank in self.peers)), None)
+        self.send({"refused": problem} if problem is not None else {"agreed": True})
+        if problem is not None:
+            raise RankError(problem)
+
+    def _facts_of(self, rank: int) -> Note:
+        facts = self.peers[rank].notes.get()["facts"]
+        assert isinstance(facts, dict)
+        return facts
+
+    def close(self) -> None:
+        """Rank 0: let the others end."""
+        self._is_closing = True
+        if self.is_leader:
+            self.send({"end": True})
+
+    def fail(self, error: BaseException) -> None:
+        """End the run because this rank's own work failed; does not return."""
+        time.sleep(BLAME_S)
+        if self.is_leader:
+            self._end(RankError(f"rank 0 failed: {error!r}"))
+        self.peers[0].send({"failed": repr(error)})
+        while True:
+            time.sleep(STALL_S)
+
+    def _loss_of(self, rank: int) -> Callable[[str], None]:
+        return lambda what: self._end(RankError(f"rank {rank} is gone: {what}; all ranks end, start them again"))
+
+    def _end(self, failure: RankError) -> None:
+        """Say why, and end this process; a collective that waits could not be ended in any other way."""
+        with self._failing:
+            if self._is_closing:
+                return
+            self.failure = failure
+            self._is_closing = True
+        if self.is_leader:
+            os.write(2, f"error: {failure}\n".encode())
+            self.send({"failed": str(failure)})
+        elif not str(failure).startswith(_TOLD):
+            os.write(2, f"error: rank {self.world.rank}: {failure}\n".encode())
+        time.sleep(self.on_failure(failure) if self.on_failure is not None else 0.0)
+        os._exit(1)
+
+    def _beat(self) -> None:
+        while True:
+            for peer in self.peers.values():
+                peer.send()
+            time.sleep(BEAT_S)
+
+
+def _difference(rank: int, theirs: Note, mine: Note) -> str | None:
+    for name in mine:
+        if theirs.get(name) != mine[name]:
+            return (
+                f"rank {rank} has {name} {theirs.get(name)!r}, expected {mine[name]!r} as rank 0 has; "
+                "give every rank the same"
+            )
+    return None
+
+
+def _accept_all(world: World, arrival_s: float) -> dict[int, socket.socket]:
+    """Rank 0: a connection from every other rank. The port is free afterwards, for `mlx.distributed` to take."""
+    deadline_s = time.monotonic() + arrival_s
+    found: dict[int, socket.socket] = {}
+    with _listening(world) as listening:
+        while len(found) < world.size - 1:
+            listening.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, world.size)) - set(found))
+                raise RankError(
+                    f"rank {', '.join(map(str, missing))} did not come within {arrival_s:g} s, expected all of "
+                    f"{world.size} at {world.host}:{world.port}; is the program there, and the address reachable?"
+                ) from None
+            rank = _read_rank(connection)
+            if rank is None or rank in found or not 0 < rank < world.size:
+                connection.close()  # Whoever it is, it is none of ours.
+            else:
+                found[rank] = connection
+    return found
+
+
+def _listening(world: World) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(world.host, world.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(world.size)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise OptionError(
+            f"rank 0 cannot listen on {world.host}:{world.port} ({error.strerror}); give an address of this machine as "
+            "the first of the hostfile, or another --starting-port"
+        ) from error
+    return listening
+
+
+def _read_rank(connection: socket.socket) -> int | None:
+    connection.settimeout(STALL_S)
+    try:
+        greeting = connection.recv(len(_GREETING) + 8)
+    except OSError:
+        return None
+    number = greeting.removeprefix(_GREETING).strip()
+    return int(number) if greeting.startswith(_GREETING) and number.isdigit() else None
+
+
+def _connect(world: World, arrival_s: float) -> socket.socket:
+    deadline_s = time.monotonic() + arrival_s
+    while True:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection((world.host, world.port), timeout=STALL_S)
+            connection.sendall(_GREETING + f"{world.rank:<7}\n".encode())
+            return connection
+        if time.monotonic() > deadline_s:
+            raise RankError(
+                f"rank 0 was not at {world.host}:{world.port} within {arrival_s:g} s; is it running, and reachable?"
+            )
+        time.sleep(0.05)

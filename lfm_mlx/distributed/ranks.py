@@ -1,0 +1,107 @@
+"""The processes of one run, connected: what a sharded model carries with it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+
+import mlx.core as mx
+
+from lfm_mlx.distributed.cut import Mode, Part
+from lfm_mlx.distributed.link import Link
+from lfm_mlx.distributed.shard import Group, MlxGroup
+from lfm_mlx.distributed.world import launched_world
+from lfm_mlx.errors import RankError
+from lfm_mlx.model import Model
+
+INIT_S = 9
+"""In which `mlx.distributed` has to connect ranks that are all there."""
+
+
+class Ranks:
+    """This process among those that compute one model together.
+
+    Args:
+        link: to the others.
+        group: what they compute with.
+        part: which part of the model is here.
+    """
+
+    def __init__(self, link: Link, group: Group, part: Part) -> None:
+        self.link = link
+        self.group = group
+        self.part = part
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0, which speaks to the user and decides what is computed."""
+        return self.part.rank == 0
+
+    def share(self, ids: mx.array) -> mx.array:
+        """Rank 0's token ids, on every rank; unevaluated."""
+        return self.group.sum(ids if self.is_leader else mx.zeros_like(ids))
+
+
+def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
+    """Connect this process with the others that were launched with it.
+
+    Args:
+        size: how many the user said there are.
+        mode: how the model is to be cut.
+        facts: what has to be alike on all ranks beside versions.
+
+    Raises:
+        OptionError: another number was launched, or none.
+        RankError: a rank did not come, or is not like the others.
+    """
+    world = launched_world(size, mode)
+    link = Link(world)
+    if link.is_leader:
+        atexit.register(link.close)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 decides what an interruption ends.
+    names = ("lfm-mlx", "mlx", "mlx-lm", "llguidance")
+    link.agree({f"{name} version": version(name) for name in names} | {"parallel": f"{mode} {size}"} | dict(facts))
+    with _watched_from_outside(world.rank):
+        group = mx.distributed.init(strict=True, backend=world.backend)
+    return Ranks(link, MlxGroup(group), Part(rank=world.rank, size=size, mode=mode))
+
+
+def ranks_of(model: Model) -> Ranks | None:
+    """The ranks that a sharded model runs on; None for a model that is whole."""
+    found = vars(model).get("_ranks")
+    assert found is None or isinstance(found, Ranks)
+    return found
+
+
+def set_ranks(model: Model, ranks: Ranks) -> None:
+    """Let a sharded model carry its ranks with it."""
+    object.__setattr__(model, "_ranks", ranks)
+
+
+_WATCH = """
+import os, select, signal, sys
+if not select.select([0], [], [], float(sys.argv[1]))[0]:
+    os.write(2, sys.argv[3].encode())
+    os.kill(int(sys.argv[2]), signal.SIGKILL)
+"""
+
+
+@contextlib.contextmanager
+def _watched_from_outside(rank: int) -> Iterator[None]:
+    """While `mlx.distributed` connects, no other thread of this process runs: another process ends it if need be."""
+    message = f"error: mlx.distributed did not connect the ranks within {INIT_S} s; all ranks end, start them again\n"
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, str(INIT_S), str(os.getpid()), message * (rank == 0)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as watch:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(f"mlx.distributed did not connect rank {rank}: {error}; start all ranks again") from error
+        finally:
+            watch.communicate()
