@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from lfm_mlx.config import ModelConfig, Quantization, read_config
-from lfm_mlx.distributed import Cut, Part, read_ranges, take_part
+from lfm_mlx.distributed import Cut, RankPart, part_bytes, read_ranges, take_part
 from lfm_mlx.errors import CheckpointError
 from lfm_mlx.names import Part, Shape, expected_tensors, is_matrix, parts_of
 
@@ -87,10 +87,20 @@ class Checkpoint:
         infos = {source.info for sources in self._sources.values() for source in sources}
         return sum(info.num_bytes for info in infos)
 
-    def memory_bytes(self, dtype_bytes: int) -> int:
-        """Bytes of all tensors in memory when floating-point ones have `dtype_bytes` bytes each."""
-        infos = {source.info.name: source.info for sources in self._sources.values() for source in sources}.values()
-        return sum(math.prod(i.shape) * dtype_bytes if i.dtype in _FLOATS else i.num_bytes for i in infos)
+    def memory_bytes(self, dtype_bytes: int, part: RankPart | None = None) -> int:
+        """Bytes of all tensors in memory when floating-point ones have `dtype_bytes` bytes each.
+
+        Args:
+            dtype_bytes: 2 or 4.
+            part: counts what one rank holds; None counts all.
+        """
+        total = 0
+        for name, sources in self._sources.items():
+            infos = [source.info for source in sources]
+            each = [math.prod(i.shape) * dtype_bytes if i.dtype in _FLOATS else i.num_bytes for i in infos]
+            whole = sum(each) // (1 if sources[0].part.rows is None else 2)
+            total += whole if part is None else part_bytes(name, whole, part)
+        return total
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that have to be read to assemble our tensor `name`."""
@@ -126,7 +136,7 @@ class Checkpoint:
             return array.transpose(0, 2, 1)
         return array
 
-    def tensor_part(self, name: str, cut: Cut, part: Part) -> mx.array:
+    def tensor_part(self, name: str, cut: Cut, part: RankPart) -> mx.array:
         """One rank's part of our tensor `name`; of the other parts, a few megabytes are in memory at a time.
 
         Args:
@@ -152,7 +162,7 @@ class Checkpoint:
         return opened.pop(info.name)
 
 
-def _read_part(info: TensorInfo, axis: int, cut: Cut, part: Part) -> mx.array:
+def _read_part(info: TensorInfo, axis: int, cut: Cut, part: RankPart) -> mx.array:
     try:
         array = read_ranges(info.file, info.offset, info.shape, info.dtype, axis, cut.ranges(info.shape[axis], part))
     except OSError as error:

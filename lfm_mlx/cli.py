@@ -6,13 +6,15 @@ import functools
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lfm_mlx import __version__
+from lfm_mlx.distributed import is_first_rank
+from lfm_mlx.engine import follow
 from lfm_mlx.errors import OptionError
 from lfm_mlx.generate import Statistics, TokenStream, check_options, stream
 from lfm_mlx.load import DEFAULT_MODEL, DTYPES, Loaded, LoadProgress, load
@@ -71,6 +73,8 @@ _LOADING_OPTIONS = (
     click.option("--dtype", type=click.Choice(list(DTYPES)), help="Compute dtype [default: what suits the device]."),
     click.option("--revision", help="Branch, tag or commit of the repo."),
     click.option("--subfolder", help="Folder in the repo that holds the precision wanted."),
+    click.option("--tensor-parallel", type=click.IntRange(1), help="Ranks that share every matrix, under mlx.launch."),
+    click.option("--expert-parallel", type=click.IntRange(1), help="The same, with experts dealt out whole."),
     click.option("--offline", is_flag=True, help="Use only what was downloaded before."),
 )
 
@@ -81,8 +85,25 @@ def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How the model is loaded; the command receives those that were given as `loading`, for `load_model`."""
-    return _gathered(function, "loading", _LOADING_OPTIONS)
+    """How the model is loaded; the command receives those that were given as `loading`, for `load_model`.
+
+    On a rank other than 0 the command itself is not called: the rank follows rank 0 until that ends.
+    """
+
+    @functools.wraps(function)
+    def entering(**values: Any) -> Any:
+        if not is_parallel(values["loading"]) or is_first_rank():
+            return function(**values)
+        loaded = load(values["model"], **values["loading"])
+        follow(loaded.model)
+        return 0
+
+    return _gathered(entering, "loading", _LOADING_OPTIONS)
+
+
+def is_parallel(loading: Mapping[str, Any]) -> bool:
+    """Whether the options ask for several ranks."""
+    return max(loading.get("tensor_parallel", 1), loading.get("expert_parallel", 1)) > 1
 
 
 def _gathered(
@@ -127,6 +148,8 @@ def generate(
     loading: dict[str, Any],
 ) -> int:
     """Answer one prompt; the text goes to standard output, speed and memory to standard error."""
+    if prompt == "-" and is_parallel(loading):
+        raise OptionError("--prompt is -, but mlx.launch never ends standard input; use --prompt-file")
     text = _read_prompt(prompt, prompt_file)
     shown = _read_tools(tools) if tools is not None else None
     options = {"stop": stop, **generation}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +14,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from lfm_mlx.build import build_model
+from lfm_mlx.cache import content_fingerprint
 from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.config import ModelConfig, read_json_object
+from lfm_mlx.distributed import Mode, Ranks, ShardedWeights, check_size, join_ranks, local_config, set_ranks, shard
 from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
+from lfm_mlx.kernels import COMPILE_VARIABLE, KERNELS_VARIABLE
 from lfm_mlx.memory import SMALLEST_CONTEXT, available_bytes, plan_memory, set_memory_limits
 from lfm_mlx.model import Model
 from lfm_mlx.sampling import recommended_sampling
@@ -61,9 +66,13 @@ def load(
     offline: bool = False,
     max_context: int | None = None,
     kv_bits: int | None = None,
+    tensor_parallel: int = 1,
+    expert_parallel: int = 1,
     on_progress: Callable[[LoadProgress], None] | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
+
+    On several ranks, every rank loads its part; all but rank 0 then call `lfm_mlx.engine.follow`.
 
     Args:
         model: a folder, or a repo id that is downloaded first (only the files needed). MLX checkpoints made here or by
@@ -77,6 +86,8 @@ def load(
         max_context: most tokens a conversation may hold; None allows what the model was made for. It is planned for
             before loading: a smaller one asks for less memory.
         kv_bits: 8 or 4 to keep keys and values quantised.
+        tensor_parallel: processes, started by ``mlx.launch``, that each hold a part of every matrix.
+        expert_parallel: the same with experts dealt out whole; one of the two.
         on_progress: called as weights arrive in memory.
 
     Returns:
@@ -88,14 +99,59 @@ def load(
         DownloadError: the repo could not be fetched.
         MemoryPlanError: weights and context need more memory than is free.
         OptionError: an argument is refused.
+        RankError: another rank is not there, or has another version, checkpoint or option.
     """
-    folder = fetch(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
+    facts = {"dtype": dtype, "max_context": max_context, "kv_bits": kv_bits}
+    ranks = _join(tensor_parallel, expert_parallel, facts)
+    with ranks.link.failing_together() if ranks is not None else contextlib.nullcontext():
+        folder = fetch(model, revision=revision, subfolder=subfolder, token=token, offline=offline)
+        loaded = _load_folder(str(model), folder, ranks, dtype, max_context, kv_bits, on_progress)
+    return loaded
+
+
+def _join(tensor_parallel: int, expert_parallel: int, facts: Mapping[str, object]) -> Ranks | None:
+    """The ranks that were asked for; None for a single one."""
+    for name, value in (("tensor_parallel", tensor_parallel), ("expert_parallel", expert_parallel)):
+        check_integer(name, value, minimum=1)
+    if tensor_parallel > 1 and expert_parallel > 1:
+        raise OptionError(
+            f"tensor_parallel is {tensor_parallel} and expert_parallel {expert_parallel}, expected one of them; with "
+            "expert_parallel everything but the experts is cut as with tensor_parallel"
+        )
+    if max(tensor_parallel, expert_parallel) == 1:
+        return None
+    mode: Mode = "tensor" if tensor_parallel > 1 else "expert"
+    variables = {name: os.environ.get(name) for name in (KERNELS_VARIABLE, COMPILE_VARIABLE)}
+    return join_ranks(max(tensor_parallel, expert_parallel), mode, {**facts, **variables})
+
+
+def _load_folder(
+    name: str,
+    folder: Path,
+    ranks: Ranks | None,
+    dtype: str | None,
+    max_context: int | None,
+    kv_bits: int | None,
+    on_progress: Callable[[LoadProgress], None] | None,
+) -> Loaded:
     checkpoint = Checkpoint(folder)
     chosen = compute_dtype(checkpoint.config, dtype, weight_bytes=checkpoint.num_bytes)
     context = _checked_context(checkpoint.config, max_context)
+    part = ranks.part if ranks is not None else None
+    config = checkpoint.config
+    if ranks is not None and part is not None:
+        check_size(config, checkpoint, part.size, part.mode)
+        ranks.link.agree(
+            {
+                "checkpoint": content_fingerprint(folder),
+                "compute dtype": str(chosen),
+                "device": str(mx.default_device()),
+            }
+        )
+        config = local_config(config, part)
     plan = plan_memory(
-        checkpoint.config,
-        weight_bytes=checkpoint.memory_bytes(chosen.size),
+        config,
+        weight_bytes=checkpoint.memory_bytes(chosen.size, part),
         context=context if max_context is not None else min(SMALLEST_CONTEXT, context),
         kv_bits=kv_bits,
         dtype=chosen,
@@ -107,7 +163,7 @@ def load(
     )
     for problem in tool_problems(tokenizer, checkpoint.config.vocab_size):
         _LOG.warning("%s: %s", folder, problem)
-    total_bytes, started, done_bytes = checkpoint.num_bytes, time.perf_counter(), 0
+    total_bytes, started, done_bytes = plan.weight_bytes, time.perf_counter(), 0
 
     def on_part(num_bytes: int) -> None:
         nonlocal done_bytes
@@ -116,11 +172,15 @@ def load(
             elapsed_s = time.perf_counter() - started
             on_progress(LoadProgress(done_bytes=done_bytes, total_bytes=total_bytes, elapsed_s=elapsed_s))
 
-    built = build_model(checkpoint.config, checkpoint, chosen, on_part)
+    if ranks is None or part is None:
+        built = build_model(config, checkpoint, chosen, on_part)
+    else:
+        built = build_model(config, ShardedWeights(checkpoint, part, checkpoint.tensor_part), chosen, on_part)
+        set_ranks(shard(built, ranks.group, part), ranks)
     built.sampling = recommended_sampling(
         model_type=checkpoint.config.model_type,
         vocab_size=checkpoint.config.vocab_size,
-        name=_model_name(model, checkpoint.config),
+        name=_model_name(name, checkpoint.config),
         generation_config=read_json_object(folder / "generation_config.json"),
     )
     built.max_context = context
@@ -135,10 +195,10 @@ def _checked_context(config: ModelConfig, max_context: int | None) -> int:
     return max_context
 
 
-def _model_name(model: str | Path, config: ModelConfig) -> str:
+def _model_name(model: str, config: ModelConfig) -> str:
     """What the model is called: by its config where that says so, else by the folder or repo it was loaded from."""
     named = config.raw.get("_name_or_path")
-    return named if isinstance(named, str) and named else str(model)
+    return named if isinstance(named, str) and named else model
 
 
 def compute_dtype(config: ModelConfig, dtype: str | None = None, *, weight_bytes: int = 0) -> mx.Dtype:

@@ -3,7 +3,7 @@
 from lfm_mlx.cache.attention_cache import GROWTH_TOKENS, AttentionCache
 from lfm_mlx.cache.conv_state import ConvState
 from lfm_mlx.cache.disk import DiskStore
-from lfm_mlx.cache.fingerprint import checkpoint_fingerprint
+from lfm_mlx.cache.fingerprint import checkpoint_fingerprint, content_fingerprint
 from lfm_mlx.cache.kv_cache import KVCache
 from lfm_mlx.cache.prefix import BLOCK_TOKENS, PrefixCache
 from lfm_mlx.cache.prefix_block import Block
@@ -32,5 +32,6 @@ __all__ = [
     "State",
     "Transcript",
     "checkpoint_fingerprint",
+    "content_fingerprint",
     "kv_group_size",
 ]

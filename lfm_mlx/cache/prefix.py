@@ -79,6 +79,11 @@ class PrefixCache:
         return self._block_bytes + (self._spill.queued_bytes if self._spill is not None else 0)
 
     @property
+    def has_disk(self) -> bool:
+        """Whether blocks are written to a disk too."""
+        return self._spill is not None
+
+    @property
     def num_blocks(self) -> int:
         """Blocks in memory."""
         return len(self._by_age)

@@ -1,20 +1,31 @@
 """One model on several machines: each rank holds a part of every layer, and `mlx.distributed` adds the parts up."""
 
-from lfm_mlx.distributed.cut import Cut, Mode, Part, check_size, cut_of, local_config, part_bytes
+from lfm_mlx.distributed.cut import Cut, Mode, RankPart, check_size, cut_of, local_config, part_bytes
+from lfm_mlx.distributed.link import Link, Note
 from lfm_mlx.distributed.part_file import read_ranges
+from lfm_mlx.distributed.ranks import Ranks, join_ranks, ranks_of, set_ranks
 from lfm_mlx.distributed.shard import shard
 from lfm_mlx.distributed.sharded_weights import ShardedWeights, take_part
+from lfm_mlx.distributed.world import World, is_first_rank
 
 __all__ = [
     "Cut",
+    "Link",
     "Mode",
-    "Part",
+    "Note",
+    "RankPart",
+    "Ranks",
     "ShardedWeights",
+    "World",
     "check_size",
     "cut_of",
+    "is_first_rank",
+    "join_ranks",
     "local_config",
     "part_bytes",
+    "ranks_of",
     "read_ranges",
+    "set_ranks",
     "shard",
     "take_part",
 ]

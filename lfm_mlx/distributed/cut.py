@@ -22,8 +22,8 @@ MAX_RANKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Part `rank` of `size` equal ones."""
+class RankPart:
+    """RankPart `rank` of `size` equal ones."""
 
     rank: int
     size: int
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
     axis: int
     num_pieces: int = 1
 
-    def ranges(self, length: int, part: Part) -> list[range]:
+    def ranges(self, length: int, part: RankPart) -> list[range]:
         """What a rank has of an axis of `length` places: one range a piece."""
         piece = length // self.num_pieces
         mine = part.of(piece)
@@ -89,7 +89,7 @@ def cut_of(name: str, mode: Mode) -> Cut | None:
     return _ROWS if cut is not None and mode == "expert" and ".switch_mlp." in name else cut
 
 
-def local_config(config: ModelConfig, part: Part) -> ModelConfig:
+def local_config(config: ModelConfig, part: RankPart) -> ModelConfig:
     """The architecture as one rank sees it: its heads, channels and widths. Vocabulary and experts count as before."""
     size = part.size
     return replace(
@@ -138,8 +138,9 @@ def _problems(config: ModelConfig, storage: Storage, size: int, mode: Mode) -> l
         counts["num_experts"] = config.num_experts
     problems = [f"{name} {count} is no multiple of it" for name, count in counts.items() if count % size]
     return problems + [
-        f"{width} columns of {name} would be cut inside a group of {unit}" if width % size == 0 else
-        f"{width} columns of {name} are no multiple of it"
+        f"{width} columns of {name} would be cut inside a group of {unit}"
+        if width % size == 0
+        else f"{width} columns of {name} are no multiple of it"
         for name, width, unit in _columns(config, storage, mode)
         if width % (size * unit)
     ]
@@ -158,7 +159,6 @@ def _columns(config: ModelConfig, storage: Storage, mode: Mode) -> Sequence[tupl
     return list(found.values())
 
 
-def part_bytes(name: str, num_bytes: int, part: Part) -> int:
+def part_bytes(name: str, num_bytes: int, part: RankPart) -> int:
     """Bytes that one rank holds of a tensor of so many."""
     return num_bytes // part.size if cut_of(name, part.mode) is not None else num_bytes
-

@@ -11,13 +11,14 @@ import json
 import os
 import queue
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lfm_mlx.distributed.world import World
-from lfm_mlx.errors import OptionError, RankError
+from lfm_mlx.errors import LfmError, OptionError, RankError
 
 BEAT_S = 0.5
 STALL_S = 8.0
@@ -28,6 +29,9 @@ ARRIVAL_S = 60.0
 
 BLAME_S = 1.0
 """A rank whose own work fails waits so long: mostly it failed because another rank is gone."""
+
+LEAVE_S = 2.0
+"""In which a rank leaves by itself after the end."""
 
 _TOLD = "rank 0 is gone: it failed"
 """How the failure begins of which rank 0 has told its user already."""
@@ -43,13 +47,18 @@ class Peer:
 
     Args:
         connection: to the other rank.
-        on_loss: called once, with what happened, when the other side is gone or silent.
+        on_loss: called with what happened when the other side is gone or silent.
+
+    Attributes:
+        notes: what came and was not looked at.
+        is_ended: whether the note came that ends the run in good order.
     """
 
     def __init__(self, connection: socket.socket, on_loss: Callable[[str], None]) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(STALL_S)
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self.is_ended = False
         self._connection = connection
         self._on_loss = on_loss
         self._sending = threading.Lock()
@@ -84,6 +93,7 @@ class Peer:
                 if "failed" in note:
                     self._on_loss(f"it failed with {note['failed']}")
                     return
+                self.is_ended = self.is_ended or "end" in note
                 self.notes.put(note)
 
 
@@ -132,10 +142,7 @@ class Link:
 
     def receive(self) -> Note:
         """Other ranks: rank 0's next note; waits for it."""
-        note = self.peers[0].notes.get()
-        if "end" in note:
-            self._is_closing = True
-        return note
+        return self.peers[0].notes.get()
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Compare what all ranks have to have alike; all of them call it, and go on together.
@@ -147,8 +154,8 @@ class Link:
         if not self.is_leader:
             self.peers[0].send({"facts": mine})
             answer = self.receive()
-            if "refused" in answer:
-                raise RankError(str(answer["refused"]))
+            if "agreed" not in answer:
+                sys.exit(1)  # Rank 0 tells why.
             return
         problem = next(filter(None, (_difference(rank, self._facts_of(rank), mine) for rank in self.peers)), None)
         self.send({"refused": problem} if problem is not None else {"agreed": True})
@@ -165,6 +172,16 @@ class Link:
         self._is_closing = True
         if self.is_leader:
             self.send({"end": True})
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What fails in here on a rank other than 0 is told to the user by rank 0, and ends all ranks."""
+        try:
+            yield
+        except LfmError as error:
+            if not self.is_leader:
+                self.fail(error)
+            raise
 
     def fail(self, error: BaseException) -> None:
         """End the run because this rank's own work failed; does not return."""
@@ -185,6 +202,9 @@ class Link:
                 return
             self.failure = failure
             self._is_closing = True
+        if not self.is_leader and self.peers[0].is_ended:
+            time.sleep(LEAVE_S)  # Still here, this process waits in a collective for ranks that are gone.
+            os._exit(0)
         if self.is_leader:
             os.write(2, f"error: {failure}\n".encode())
             self.send({"failed": str(failure)})

@@ -84,7 +84,7 @@ def _read_blocks(
 
 def _read_into(stream: FileIO, offset: int, wanted: npt.NDArray[np.uint8]) -> None:
     stream.seek(offset)
-    view = memoryview(wanted)
+    view = memoryview(wanted)  # type: ignore[arg-type]  # numpy 1 has no annotation for it
     while len(view):
         count = stream.readinto(view)
         if not count:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 
-from lfm_mlx.distributed.cut import Mode, Part
+from lfm_mlx.distributed.cut import Mode, RankPart
 from lfm_mlx.distributed.link import Link
 from lfm_mlx.distributed.shard import Group, MlxGroup
 from lfm_mlx.distributed.world import launched_world
@@ -33,7 +35,7 @@ class Ranks:
         part: which part of the model is here.
     """
 
-    def __init__(self, link: Link, group: Group, part: Part) -> None:
+    def __init__(self, link: Link, group: Group, part: RankPart) -> None:
         self.link = link
         self.group = group
         self.part = part
@@ -45,7 +47,8 @@ class Ranks:
 
     def share(self, ids: mx.array) -> mx.array:
         """Rank 0's token ids, on every rank; unevaluated."""
-        return self.group.sum(ids if self.is_leader else mx.zeros_like(ids))
+        # Multiplied, not replaced by zeros: what the others drew is computed, and with it the logits that all gather.
+        return self.group.sum(ids if self.is_leader else ids * 0)
 
 
 def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
@@ -66,11 +69,19 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
         atexit.register(link.close)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 decides what an interruption ends.
-    names = ("lfm-mlx", "mlx", "mlx-lm", "llguidance")
-    link.agree({f"{name} version": version(name) for name in names} | {"parallel": f"{mode} {size}"} | dict(facts))
+    link.agree({"code of lfm_mlx": code_hash(), "mlx": version("mlx"), "parallel": f"{mode} {size}", **facts})
     with _watched_from_outside(world.rank):
         group = mx.distributed.init(strict=True, backend=world.backend)
-    return Ranks(link, MlxGroup(group), Part(rank=world.rank, size=size, mode=mode))
+    return Ranks(link, MlxGroup(group), RankPart(rank=world.rank, size=size, mode=mode))
+
+
+def code_hash() -> str:
+    """A hash of this package's source, 12 hexadecimal digits: versions tell less while somebody works on it."""
+    digest = hashlib.blake2b(digest_size=6)
+    folder = Path(__file__).resolve().parents[1]
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def ranks_of(model: Model) -> Ranks | None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.distributed.cut import Part
+from lfm_mlx.distributed.cut import RankPart
 from lfm_mlx.kernels import Routing, add_norm, combine, weights_of
 from lfm_mlx.model import AnyLinear, Embedding, Linear, Model, MoE, Norm, QuantizedLinear
 
@@ -140,7 +140,7 @@ class ShardedMoE(MoE):
         return add_norm(residual, self._group.sum(update), norm.weight, norm.eps)
 
 
-def shard(model: Model, group: Group, part: Part) -> Model:
+def shard(model: Model, group: Group, part: RankPart) -> Model:
     """Make a model of the whole out of one rank's part; returns it.
 
     Args:

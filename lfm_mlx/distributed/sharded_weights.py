@@ -8,9 +8,9 @@ from typing import Protocol
 import mlx.core as mx
 
 from lfm_mlx.config import Quantization
-from lfm_mlx.distributed.cut import Cut, Part, cut_of
+from lfm_mlx.distributed.cut import Cut, RankPart, cut_of
 
-ReadPart = Callable[[str, Cut, Part], mx.array]
+ReadPart = Callable[[str, Cut, RankPart], mx.array]
 """A tensor's name, how it is cut, and the part wanted -> that part."""
 
 
@@ -40,7 +40,7 @@ class ShardedWeights:
             takes it out of the whole tensor.
     """
 
-    def __init__(self, weights: WholeWeights, part: Part, read: ReadPart | None = None) -> None:
+    def __init__(self, weights: WholeWeights, part: RankPart, read: ReadPart | None = None) -> None:
         self.part = part
         self._weights = weights
         self._read = read if read is not None else self._taken_out
@@ -58,13 +58,12 @@ class ShardedWeights:
         cut = cut_of(name, self.part.mode)
         return self._weights.tensor(name) if cut is None else self._read(name, cut, self.part)
 
-    def _taken_out(self, name: str, cut: Cut, part: Part) -> mx.array:
+    def _taken_out(self, name: str, cut: Cut, part: RankPart) -> mx.array:
         return take_part(self._weights.tensor(name), cut, part)
 
 
-def take_part(whole: mx.array, cut: Cut, part: Part) -> mx.array:
+def take_part(whole: mx.array, cut: Cut, part: RankPart) -> mx.array:
     """A rank's part of a tensor, unevaluated."""
     axis = cut.axis % whole.ndim
-    before = (slice(None),) * axis
-    pieces = [whole[(*before, slice(at.start, at.stop))] for at in cut.ranges(whole.shape[axis], part)]
+    pieces = [mx.take(whole, mx.arange(at.start, at.stop), axis=axis) for at in cut.ranges(whole.shape[axis], part)]
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=axis)

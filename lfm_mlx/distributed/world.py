@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,22 @@ def read_world(environment: Mapping[str, str] | None = None) -> World | None:
     )
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or was not launched with others."""
+    world = read_world()
+    return world is None or world.rank == 0
+
+
 def launched_world(size: int, mode: Mode) -> World:
     """The world, which has to have `size` processes.
 
     Raises:
-        OptionError: it has another number; the message has the command to use.
+        OptionError: it has another number; the message has the command to use. Ranks but 0 just end.
     """
     world = read_world()
     found = world.size if world is not None else 1
+    if world is not None and found != size and world.rank > 0:
+        sys.exit(1)  # Rank 0 tells why.
     if world is None or found != size:
         processes = "1 process was" if found == 1 else f"{found} processes were"
         raise OptionError(

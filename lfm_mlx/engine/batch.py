@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from lfm_mlx.cache import State
+from lfm_mlx.distributed import Ranks
 from lfm_mlx.engine.masks import batch_mask
 from lfm_mlx.engine.request import PackedMask, Row, TokenLogprob
 from lfm_mlx.engine.row_logprobs import PendingLogprobs, ask_logprobs
@@ -24,14 +25,24 @@ class Batch:
         sampler: its sampler.
         sampler_state: the state to draw the next token with.
         logits: ``(1, V)`` after the prompt, from which it is drawn here.
+        ranks: those that compute the rows together; None where it is this process alone.
     """
 
-    def __init__(self, row: Row, state: State, sampler: Sampler, sampler_state: SamplerState, logits: mx.array) -> None:
+    def __init__(
+        self,
+        row: Row,
+        state: State,
+        sampler: Sampler,
+        sampler_state: SamplerState,
+        logits: mx.array,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.rows = [row]
         self.state = state
         self.sampler = sampler
         self.sampler_state = sampler_state
         self.ids = mx.array([])
+        self._ranks = ranks
         self._logprobs: list[PendingLogprobs] = []
         self._settle(logits, None)
 
@@ -76,18 +87,21 @@ class Batch:
     def _settle(self, logits: mx.array, drawn: mx.array | None, drawn_from: mx.array | None = None) -> None:
         """Decide what comes next: what was drawn already, unless it was drawn from other logits, or forced tokens."""
         ids = drawn if drawn is not None and logits is drawn_from else None
-        self.ids = draw(self.rows, logits, self.sampler, self.sampler_state, ids)
+        ids = draw(self.rows, logits, self.sampler, self.sampler_state, ids)
+        self.ids = self._ranks.share(ids) if self._ranks is not None else ids
         self._logprobs = ask_logprobs(self.rows, logits, self.ids)
         mx.async_eval(self.ids, self.sampler_state, [pending.arrays for pending in self._logprobs])
 
     def _fast_forward(self, stepper: Stepper, logits: mx.array) -> mx.array:
         """Take several forced tokens of an only row in one pass; returns the logits after them.
 
-        Among others, a row takes them one a step: the steps are computed for the others anyway.
+        Among others, a row takes them one a step: the steps are computed for the others anyway. So it does on several
+        ranks, which could not know.
         """
         row, *others = self.rows
         control = row.request.control
-        if others or control is None or row.finish_reason is not None or row.request.top_logprobs is not None:
+        is_alone = not others and self._ranks is None
+        if not is_alone or control is None or row.finish_reason is not None or row.request.top_logprobs is not None:
             return logits
         forced = control.forced()
         if len(forced) < 2:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import mlx.core as mx
 
 from lfm_mlx.cache import PrefixCache, State
 from lfm_mlx.engine.batch import Batch
-from lfm_mlx.engine.pace import Pace
+from lfm_mlx.engine.lockstep import Lockstep, lockstep_of
 from lfm_mlx.engine.prompt_run import PromptRun
 from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.engine.scheduler import Chunk, Scheduler
-from lfm_mlx.errors import MemoryPlanError, OptionError
+from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import prefill_chunk_tokens, row_bytes, row_capacity, step_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.step import stepper_of
@@ -38,6 +38,7 @@ class Engine:
         kv_bits: 8 or 4 to quantise keys and values; None takes the model's setting.
         memory_bytes: what the rows may hold together; None sets no limit.
         prefix_cache: what earlier rows have computed; of the same model and `kv_bits`.
+        lockstep: how this rank keeps step with others, for one that follows; None finds out.
 
     Attributes:
         num_sent_back: rows that lost their place because memory ran short.
@@ -54,6 +55,7 @@ class Engine:
         kv_bits: int | None = None,
         memory_bytes: int | None = None,
         prefix_cache: PrefixCache | None = None,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self.model = model
         self.max_rows = max_rows
@@ -70,7 +72,8 @@ class Engine:
             bytes_of=bytes_of,
             padding_bytes=step_bytes(model.shared_bytes),
         )
-        self._pace = Pace(prefill_chunk_tokens(model.config, model.dtype))
+        self._lockstep = lockstep or lockstep_of(self, model, max_rows, self.kv_bits, prefix_cache)
+        self._pace = self._lockstep.pace(prefill_chunk_tokens(model.config, model.dtype))
         self._rows: dict[int, Row] = {}
         self._numbers: dict[Row, int] = {}
         self._prompts: dict[int, PromptRun] = {}
@@ -105,27 +108,24 @@ class Engine:
                 f"transcript was given and max_rows is {self.max_rows}, expected 1: rows of a batch share one state; "
                 "use an engine of its own for this request"
             )
-        self.check_fits(len(request.prompt) + request.max_tokens)
+        self._scheduler.check_fits(len(request.prompt) + request.max_tokens)
         row = Row(request, self.model.config.vocab_size, on_progress)
         self.add(row)
         return row
 
     def add(self, row: Row) -> None:
-        """Queue a row that was made in whatever thread, and that `check_fits`."""
+        """Queue a row that was made in whatever thread, and that could run alone."""
+        row.is_led = self._lockstep.is_shared
         number = self._num_submitted
         self._num_submitted += 1
         self._rows[number] = row
         self._numbers[row] = number
         self._scheduler.add(number, len(row.request.prompt))
 
-    def check_fits(self, num_tokens: int) -> None:
-        """Raise MemoryPlanError if a row of so many tokens could never run."""
-        if not self._scheduler.fits_alone(num_tokens):
-            raise MemoryPlanError(
-                f"{num_tokens:,} tokens need {self.bytes_of(num_tokens) / 1e9:.3f} GB, expected at most "
-                f"{(self.memory_bytes or 0) / 1e9:.3f} GB, which is what the engine's rows may hold; ask for fewer "
-                "tokens, or start with more memory or --kv-bits"
-            )
+    @property
+    def rows(self) -> Mapping[int, Row]:
+        """The rows that are left, by the number of their arrival."""
+        return self._rows
 
     @property
     def is_idle(self) -> bool:
@@ -153,7 +153,8 @@ class Engine:
     def step(self) -> None:
         """One token of every row that is decoded, and before it as much of a prompt as they can wait for."""
         with self._stepper.lock:
-            self._drop_ended()
+            self._lockstep.begin_step(self)
+            self.drop_ended()
             places = self._scheduler.assign()
             for number in places.sent_back:
                 self.num_sent_back += 1
@@ -169,6 +170,7 @@ class Engine:
                 self._work_on_prompts()
             else:
                 self._step_batches()
+            self._lockstep.end_step()
 
     def _step_batches(self) -> None:
         started_s = time.perf_counter()
@@ -190,7 +192,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001
             self._restart(batch.rows, error)
 
-    def _drop_ended(self) -> None:
+    def drop_ended(self) -> None:
         """Let go of rows that were cancelled, or whose time is over; decoded ones end with the token drawn already."""
         decoded = [row for batch in self._batches.values() for row in batch.rows]
         for row in self._rows.values():
@@ -208,6 +210,7 @@ class Engine:
         try:
             action(number)
         except Exception as error:  # noqa: BLE001  # Whatever it is, the other rows have nothing to do with it.
+            self._lockstep.fail(error)
             self._rows[number].end("error", error)
             self._forget(number)
 
@@ -264,7 +267,7 @@ class Engine:
             ready.step(self._stepper)
             self._scheduler.note_generated(number, row.num_tokens)
         self._checkpoints[row] = {}
-        if row.finish_reason is not None:
+        if row.finish_reason is not None and not row.is_led:
             self._finish(row, ready, 0)
             return
         group = self._scheduler.group_of(number)
@@ -347,6 +350,7 @@ class Engine:
         try:
             action(self.prefix_cache)
         except Exception as error:  # noqa: BLE001
+            self._lockstep.fail(error)
             self.prefix_cache.clear()
             _log.warning("the prefix cache was emptied: storing a row failed: %r", error)
 
@@ -374,6 +378,7 @@ class Engine:
 
     def _restart(self, rows: list[Row], error: Exception) -> None:
         """A step of these rows failed, and nobody knows what their state is: they are computed again, or end."""
+        self._lockstep.fail(error)
         for batch in list(self._batches.values()):
             if rows[0] in batch.rows:
                 self._remove(batch)

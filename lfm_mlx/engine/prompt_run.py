@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from lfm_mlx.cache import PrefixCache, State, Transcript
+from lfm_mlx.distributed import ranks_of
 from lfm_mlx.engine.batch import Batch
 from lfm_mlx.engine.request import Row
 from lfm_mlx.model import Passage
@@ -93,7 +94,8 @@ class PromptRun:
         row = self.row
         sampler = Sampler([row.sampling], stepper.model.config.vocab_size)
         sampler_state = sampler.start([row.request.prompt], [row.generated])
-        return Batch(row, self.state, sampler, sampler_state, stepper.model.head(self._hidden))
+        logits = stepper.model.head(self._hidden)
+        return Batch(row, self.state, sampler, sampler_state, logits, ranks_of(stepper.model))
 
     def keep_prefix(self, prefix_cache: PrefixCache) -> None:
         """Let later rows go on from what was computed so far."""

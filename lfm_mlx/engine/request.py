@@ -111,6 +111,7 @@ class Row:
         cached_tokens: prompt tokens that did not have to be computed.
         has_called: whether one of `Request.call_ids` came.
         has_news: whether it changed since `on_progress` was called.
+        is_led: whether it is computed by several ranks: wishes to end it count from the next step on, by `take_wish`.
         started_s, first_s, last_s: `time.perf_counter` at its making, at the first token, and at the latest change.
 
     Raises:
@@ -132,14 +133,38 @@ class Row:
         self.cached_tokens = 0
         self.has_called = False
         self.has_news = False
-        self.is_cancelled = False
+        self.is_led = False
+        self._is_cancel_wanted = False
+        self._is_cancelled = False
         self.started_s = time.perf_counter()
         self.first_s: float | None = None
         self.last_s = self.started_s
 
     def cancel(self) -> None:
         """End the row after the step that is being computed; may be called from any thread."""
-        self.is_cancelled = True
+        self._is_cancel_wanted = True
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is to end without further tokens."""
+        return self._is_cancelled if self.is_led else self._is_cancel_wanted
+
+    def take_wish(self) -> bool:
+        """Between steps of a row that is led: bring in what was wished, or has become due, since the last one.
+
+        Returns:
+            Whether it is cancelled from now on.
+        """
+        if self._is_late:
+            self.end("time_limit")
+        is_new = self._is_cancel_wanted and not self._is_cancelled
+        self._is_cancelled = self._is_cancelled or is_new
+        return is_new
+
+    @property
+    def _is_late(self) -> bool:
+        limit_s = self.request.time_limit_s
+        return limit_s is not None and time.perf_counter() - self.started_s >= limit_s
 
     @property
     def seed(self) -> int:
@@ -158,13 +183,7 @@ class Row:
             self.end("error", error)
 
     def _take(self, token_id: int, logprob: TokenLogprob | None) -> None:
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        self.generated.append(token_id)
-        self.has_called = self.has_called or token_id in self.request.call_ids
-        self.has_news = True
-        self.last_s = time.perf_counter()
-        self.first_s = self.first_s or self.last_s
+        self.note_token(token_id, logprob)
         control = self.request.control
         wish = control.observe(token_id) if control is not None else None
         if token_id in self.request.stop_ids:
@@ -176,6 +195,16 @@ class Row:
         else:
             self.check()
 
+    def note_token(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Note a generated token; what it means for the row is not looked at."""
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        self.generated.append(token_id)
+        self.has_called = self.has_called or token_id in self.request.call_ids
+        self.has_news = True
+        self.last_s = time.perf_counter()
+        self.first_s = self.first_s or self.last_s
+
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
         """Note why the row ends; the first reason counts."""
         if self.finish_reason is None:
@@ -186,10 +215,9 @@ class Row:
 
     def check(self) -> None:
         """End the row if it was cancelled or its time is over."""
-        limit_s = self.request.time_limit_s
         if self.is_cancelled:
             self.end("cancelled")
-        elif limit_s is not None and time.perf_counter() - self.started_s >= limit_s:
+        elif self._is_late and not self.is_led:
             self.end("time_limit")
 
     @property

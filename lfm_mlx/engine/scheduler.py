@@ -21,6 +21,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lfm_mlx.errors import MemoryPlanError
+
 MAX_OVERTAKEN = 8
 """So many later requests may be admitted before one that does not fit yet."""
 
@@ -98,6 +100,15 @@ class Scheduler:
     def fits_alone(self, num_tokens: int) -> bool:
         """Whether a row of so many tokens fits the budget with nothing beside it."""
         return self.budget_bytes is None or self.bytes_of(num_tokens) <= self.budget_bytes
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Raise MemoryPlanError if a row of so many tokens could never run."""
+        if not self.fits_alone(num_tokens):
+            raise MemoryPlanError(
+                f"{num_tokens:,} tokens need {self.bytes_of(num_tokens) / 1e9:.3f} GB, expected at most "
+                f"{(self.budget_bytes or 0) / 1e9:.3f} GB, which is what the engine's rows may hold; ask for fewer "
+                "tokens, or start with more memory or --kv-bits"
+            )
 
     def add(self, number: int, num_tokens: int) -> None:
         """Queue a request with a prompt of so many tokens, at least one. Its whole length has to `fits_alone`."""

@@ -13,7 +13,7 @@ from random_models import RandomWeights, random_tokens, relative_error, tiny_con
 
 from lfm_mlx.build import build_model
 from lfm_mlx.config import ModelConfig, Quantization
-from lfm_mlx.distributed import Mode, Part, ShardedWeights, local_config, shard
+from lfm_mlx.distributed import Mode, RankPart, ShardedWeights, local_config, shard
 from lfm_mlx.model import Model
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 96}
@@ -66,10 +66,12 @@ def in_parts(raw: dict[str, Any], bits: int | None, size: int, mode: Mode, run: 
     group, results = Threads(size), [None] * size
 
     def work(rank: int) -> None:
-        part = Part(rank=rank, size=size, mode=mode)
+        part = RankPart(rank=rank, size=size, mode=mode)
         weights = weights_of(raw, bits)
         try:
-            built = build_model(local_config(ModelConfig.from_dict(raw), part), ShardedWeights(weights, part), mx.float32)
+            built = build_model(
+                local_config(ModelConfig.from_dict(raw), part), ShardedWeights(weights, part), mx.float32
+            )
             results[rank] = run(shard(built, group.member(rank), part))
         except BaseException:
             group.barrier.abort()

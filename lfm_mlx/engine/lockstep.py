@@ -1,0 +1,300 @@
+"""Steps that all ranks of a sharded model take alike.
+
+Rank 0 decides what depends on users, clocks and drawn tokens, and sends it to the others as notes: before each step who
+has come and who has ended, and during it how far a prompt may go. Everything else follows from these by the same code.
+Drawn ids are rank 0's everywhere: the others draw nothing of their own, so grammars, logprobs and seeds stay with it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from lfm_mlx.cache import PrefixCache, Transcript
+from lfm_mlx.distributed import Note, Ranks, ranks_of
+from lfm_mlx.engine.pace import Pace
+from lfm_mlx.engine.request import Request, Row, TokenLogprob
+from lfm_mlx.errors import OptionError, RankError
+from lfm_mlx.model import Model
+from lfm_mlx.types import SamplingParams
+
+
+class Stepped(Protocol):
+    """What is used of an engine."""
+
+    memory_bytes: int | None
+
+    @property
+    def rows(self) -> Mapping[int, Row]:
+        """Its rows by number, in the order of arrival."""
+        ...
+
+    def add(self, row: Row) -> None:
+        """Queue a row."""
+        ...
+
+
+class Lockstep(Protocol):
+    """One rank's side of the steps of one engine."""
+
+    is_shared: bool
+    """Whether other ranks take the same steps."""
+
+    def begin_step(self, engine: Stepped) -> None:
+        """Exchange what is new since the last step, and bring it into the engine."""
+        ...
+
+    def pace(self, full_chunk: int) -> Pace:
+        """The engine's pace, the same on all ranks."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """A step failed here: where others take it too, nobody knows how far they came, and the run ends."""
+        ...
+
+
+class LoneStep:
+    """The `Lockstep` of a process that computes alone."""
+
+    is_shared = False
+
+    def begin_step(self, engine: Stepped) -> None:
+        """As `Lockstep.begin_step`: nothing."""
+
+    def end_step(self) -> None:
+        """As `Lockstep.end_step`: nothing."""
+
+    def pace(self, full_chunk: int) -> Pace:
+        """As `Lockstep.pace`."""
+        return Pace(full_chunk)
+
+    def fail(self, error: Exception) -> None:
+        """As `Lockstep.fail`: nothing."""
+
+
+class SharedStep:
+    """What rank 0 and the others have in common.
+
+    Args:
+        ranks: the ranks.
+    """
+
+    is_shared = True
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def fail(self, error: Exception) -> None:
+        """As `Lockstep.fail`: does not return."""
+        self.ranks.link.fail(error)
+
+
+class Score:
+    """What rank 0 knows of the engines that the others mirror; one for each model."""
+
+    def __init__(self) -> None:
+        self.num_engines = 0
+        self.gone: list[int] = []
+        self._transcripts: weakref.WeakKeyDictionary[Transcript, int] = weakref.WeakKeyDictionary()
+        self._num_transcripts = 0
+        self._gone_transcripts: list[int] = []
+
+    def number_of(self, transcript: Transcript) -> int:
+        """A transcript's number."""
+        if transcript not in self._transcripts:
+            self._transcripts[transcript] = number = self._num_transcripts
+            self._num_transcripts += 1
+            weakref.finalize(transcript, self._gone_transcripts.append, number).atexit = False
+        return self._transcripts[transcript]
+
+    def take_gone(self) -> Note:
+        """The numbers of engines and transcripts that nobody refers to any more."""
+        engines, transcripts = list(self.gone), list(self._gone_transcripts)
+        del self.gone[: len(engines)], self._gone_transcripts[: len(transcripts)]
+        note = {"gone_engines": engines, "gone_transcripts": transcripts}
+        return {name: numbers for name, numbers in note.items() if numbers}
+
+
+class LeaderStep(SharedStep):
+    """Rank 0's `Lockstep`.
+
+    Args:
+        ranks: the ranks.
+        score: what the others mirror.
+        options: how the engine was made, for the others to make it alike.
+    """
+
+    def __init__(self, ranks: Ranks, score: Score, options: Note) -> None:
+        super().__init__(ranks)
+        self._score = score
+        self._options: Note | None = options
+        self._number = score.num_engines
+        score.num_engines += 1
+        self._told: dict[int, Row] = {}
+        self._num_told = 0
+        self._memory_bytes: int | None = None
+
+    def watch(self, engine: object) -> None:
+        """Have the others forget their engine when this one is gone."""
+        weakref.finalize(engine, self._score.gone.append, self._number).atexit = False
+
+    def begin_step(self, engine: Stepped) -> None:
+        """As `Lockstep.begin_step`: send it."""
+        note: Note = {"engine": self._number, **self._score.take_gone()}
+        if self._options is not None:
+            note["options"], self._options = self._options, None
+        if engine.memory_bytes != self._memory_bytes:
+            note["memory_bytes"] = self._memory_bytes = engine.memory_bytes
+        new = {number: row for number, row in engine.rows.items() if number >= self._num_told}
+        if new:
+            note["new"] = [self._described(row.request) for row in new.values()]
+            self._num_told = max(new) + 1
+            self._told |= new
+        cancelled = [number for number, row in self._told.items() if row.take_wish()]
+        ended = {n: row for n, row in self._told.items() if row.finish_reason is not None}
+        if cancelled:
+            note["cancelled"] = cancelled
+        if ended:
+            note["ended"] = [[number, row.error is not None] for number, row in ended.items()]
+            self._told = {number: row for number, row in self._told.items() if number not in ended}
+        self.ranks.link.send(note)
+
+    def pace(self, full_chunk: int) -> Pace:
+        """As `Lockstep.pace`."""
+        return _LeaderPace(full_chunk, self.ranks)
+
+    def _described(self, request: Request) -> Note:
+        transcript = request.transcript
+        return {
+            "prompt": [int(token_id) for token_id in request.prompt],
+            "max_tokens": request.max_tokens,
+            "border_ids": sorted(request.border_ids),
+            "call_ids": sorted(request.call_ids),
+            "transcript": self._score.number_of(transcript) if transcript is not None else None,
+        }
+
+
+class FollowerStep(SharedStep):
+    """Another rank's `Lockstep`.
+
+    Args:
+        ranks: the ranks.
+        transcripts: by rank 0's numbers; those that are not there yet are made.
+        model: whose they are.
+
+    Attributes:
+        note: what rank 0 sent for the next step; set before each.
+    """
+
+    def __init__(self, ranks: Ranks, transcripts: dict[int, Transcript], model: Model) -> None:
+        super().__init__(ranks)
+        self.note: Note = {}
+        self._transcripts = transcripts
+        self._model = model
+
+    def begin_step(self, engine: Stepped) -> None:
+        """As `Lockstep.begin_step`: do what `note` says."""
+        note = self.note
+        if "memory_bytes" in note:
+            engine.memory_bytes = note["memory_bytes"]
+        for described in note.get("new", ()):
+            engine.add(FollowedRow(self._request(described), self._model.config.vocab_size))
+        for number in note.get("cancelled", ()):
+            engine.rows[number].cancel()
+            engine.rows[number].take_wish()
+        for number, is_error in note.get("ended", ()):
+            engine.rows[number].end("error" if is_error else "stop", RankError("ended by rank 0") if is_error else None)
+
+    def pace(self, full_chunk: int) -> Pace:
+        """As `Lockstep.pace`."""
+        return _FollowerPace(full_chunk, self.ranks)
+
+    def _request(self, described: Note) -> Request:
+        number = described["transcript"]
+        if number is not None and number not in self._transcripts:
+            self._transcripts[number] = Transcript(self._model.new_state())
+        return Request(
+            prompt=described["prompt"],
+            sampling=SamplingParams(temperature=0.0, seed=0),
+            max_tokens=described["max_tokens"],
+            border_ids=frozenset(described["border_ids"]),
+            call_ids=frozenset(described["call_ids"]),
+            transcript=self._transcripts[number] if number is not None else None,
+        )
+
+
+class FollowedRow(Row):
+    """A row that ends when rank 0 says so."""
+
+    def take(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Note a generated token."""
+        self.note_token(token_id, logprob)
+
+
+class _LeaderPace(Pace):
+    """Tells the other ranks what it decides."""
+
+    def __init__(self, full_chunk: int, ranks: Ranks) -> None:
+        super().__init__(full_chunk)
+        self._ranks = ranks
+
+    @property
+    def chunk_tokens(self) -> int:
+        """As in `Pace`."""
+        decided = super().chunk_tokens
+        self._ranks.link.send({"pace": decided})
+        return decided
+
+    def allows(self, layer: int, num_tokens: int) -> bool:
+        """As in `Pace`."""
+        decided = super().allows(layer, num_tokens)
+        self._ranks.link.send({"pace": decided})
+        return decided
+
+
+class _FollowerPace(Pace):
+    """Decides what rank 0 has decided."""
+
+    def __init__(self, full_chunk: int, ranks: Ranks) -> None:
+        super().__init__(full_chunk)
+        self._ranks = ranks
+
+    @property
+    def chunk_tokens(self) -> int:
+        """As in `Pace`."""
+        return int(self._next())
+
+    def allows(self, layer: int, num_tokens: int) -> bool:
+        """As in `Pace`."""
+        return bool(self._next())
+
+    def _next(self) -> Any:
+        note = self._ranks.link.receive()
+        if "pace" not in note:
+            self._ranks.link.fail(RuntimeError(f"the ranks are out of step: {sorted(note)} came, expected a pace"))
+        return note["pace"]
+
+
+def lockstep_of(
+    engine: object, model: Model, max_rows: int, kv_bits: int | None, prefix_cache: PrefixCache | None
+) -> Lockstep:
+    """How a new engine of a model steps alike on all ranks, which may be this one alone.
+
+    On a rank that follows, `FollowerStep` is given to its engines instead.
+
+    Raises:
+        OptionError: the prefix cache has a folder, which ranks would not read at the same time.
+    """
+    ranks = ranks_of(model)
+    if ranks is None:
+        return LoneStep()
+    if not ranks.is_leader:
+        raise OptionError("an engine was made on a rank that is not 0, expected `lfm_mlx.engine.follow` there")
+    if prefix_cache is not None and prefix_cache.has_disk:
+        raise OptionError("--prefix-cache-dir was given for a model on several ranks, expected none; leave it out")
+    score = vars(ranks).setdefault("_score", Score())
+    kept = {"max_bytes": prefix_cache.max_bytes, "block_tokens": prefix_cache.block_tokens} if prefix_cache else None
+    step = LeaderStep(ranks, score, {"max_rows": max_rows, "kv_bits": kv_bits, "prefix_cache": kept})
+    step.watch(engine)
+    return step
