@@ -103,7 +103,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_parallel(loading: Mapping[str, Any]) -> bool:
     """Whether the options ask for several ranks."""
-    return max(loading.get("tensor_parallel", 1), loading.get("expert_parallel", 1)) > 1
+    return bool(max(loading.get("tensor_parallel", 1), loading.get("expert_parallel", 1)) > 1)
 
 
 def _gathered(

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -27,8 +28,8 @@ STALL_S = 8.0
 ARRIVAL_S = 60.0
 """In which all ranks have to have started."""
 
-BLAME_S = 1.0
-"""A rank whose own work fails waits so long: mostly it failed because another rank is gone."""
+BLAME_S = 0.5
+"""A rank whose own work fails, or that is told to end, waits so long: mostly it failed because another rank is gone."""
 
 LEAVE_S = 2.0
 """In which a rank leaves by itself after the end."""
@@ -98,7 +99,10 @@ class Peer:
 
 
 def _told(error: OSError) -> str:
-    return f"it was silent for {STALL_S:g} s" if isinstance(error, TimeoutError) else f"its connection broke ({error})"
+    if isinstance(error, TimeoutError):
+        return f"it was silent for {STALL_S:g} s"
+    is_closed = isinstance(error, (ConnectionResetError, BrokenPipeError))
+    return "its connection was closed" if is_closed else f"its connection broke ({error})"
 
 
 class Link:
@@ -168,7 +172,7 @@ class Link:
         return facts
 
     def close(self) -> None:
-        """Rank 0: let the others end."""
+        """Take no loss for a failure any more; on rank 0 also let the others end."""
         self._is_closing = True
         if self.is_leader:
             self.send({"end": True})
@@ -214,7 +218,7 @@ class Link:
         os._exit(1)
 
     def _beat(self) -> None:
-        while True:
+        while not self._is_closing:
             for peer in self.peers.values():
                 peer.send()
             time.sleep(BEAT_S)
@@ -234,15 +238,14 @@ def _accept_all(world: World, arrival_s: float) -> dict[int, socket.socket]:
     """Rank 0: a connection from every other rank. The port is free afterwards, for `mlx.distributed` to take."""
     deadline_s = time.monotonic() + arrival_s
     found: dict[int, socket.socket] = {}
-    with _listening(world) as listening:
+    with _listening(world) as listening, _telling_of_termination(world, found):
         while len(found) < world.size - 1:
             listening.settimeout(max(deadline_s - time.monotonic(), 0.001))
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, world.size)) - set(found))
                 raise RankError(
-                    f"rank {', '.join(map(str, missing))} did not come within {arrival_s:g} s, expected all of "
+                    f"{_missing(world, found)} did not come within {arrival_s:g} s, expected all of "
                     f"{world.size} at {world.host}:{world.port}; is the program there, and the address reachable?"
                 ) from None
             rank = _read_rank(connection)
@@ -251,6 +254,27 @@ def _accept_all(world: World, arrival_s: float) -> dict[int, socket.socket]:
             else:
                 found[rank] = connection
     return found
+
+
+def _missing(world: World, found: Mapping[int, object]) -> str:
+    return f"rank {', '.join(str(rank) for rank in range(1, world.size) if rank not in found)}"
+
+
+@contextlib.contextmanager
+def _telling_of_termination(world: World, found: Mapping[int, object]) -> Iterator[None]:
+    """A launcher that sees a rank fail ends the others: what they waited for is worth a line."""
+
+    def tell(number: int, frame: object) -> None:
+        raise RankError(f"this process was told to end while {_missing(world, found)} had not come; did that one fail?")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _listening(world: World) -> socket.socket:

@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from lfm_mlx.distributed.cut import Mode, RankPart
-from lfm_mlx.distributed.link import Link
+from lfm_mlx.distributed.link import BLAME_S, Link
 from lfm_mlx.distributed.shard import Group, MlxGroup
 from lfm_mlx.distributed.world import launched_world
 from lfm_mlx.errors import RankError
@@ -67,6 +69,8 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
     link = Link(world)
     if link.is_leader:
         atexit.register(link.close)
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _leave)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 decides what an interruption ends.
     link.agree({"code of lfm_mlx": code_hash(), "mlx": version("mlx"), "parallel": f"{mode} {size}", **facts})
@@ -94,6 +98,12 @@ def ranks_of(model: Model) -> Ranks | None:
 def set_ranks(model: Model, ranks: Ranks) -> None:
     """Let a sharded model carry its ranks with it."""
     object.__setattr__(model, "_ranks", ranks)
+
+
+def _leave(number: int, frame: object) -> None:
+    """On SIGTERM: a launcher that sees a rank die ends the others, and which one it was is to be told first."""
+    time.sleep(BLAME_S)
+    sys.exit(128 + number)
 
 
 _WATCH = """

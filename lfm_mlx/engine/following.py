@@ -34,7 +34,11 @@ def follow(model: Model) -> bool:
         engine, step = engines[note["engine"]]
         step.note = note
         try:
-            engine.step()
+            if "is_over" in note:
+                step.end_rows(engine, note)
+                engine.drop_ended()
+            else:
+                engine.step()
         except Exception as error:  # noqa: BLE001  # Whatever it is, the ranks are out of step.
             ranks.link.fail(error)
     return True

@@ -45,6 +45,10 @@ class Lockstep(Protocol):
         """Exchange what is new since the last step, and bring it into the engine."""
         ...
 
+    def end_step(self) -> None:
+        """Exchange who has ended in the step."""
+        ...
+
     def pace(self, full_chunk: int) -> Pace:
         """The engine's pace, the same on all ranks."""
         ...
@@ -152,13 +156,19 @@ class LeaderStep(SharedStep):
             self._num_told = max(new) + 1
             self._told |= new
         cancelled = [number for number, row in self._told.items() if row.take_wish()]
-        ended = {n: row for n, row in self._told.items() if row.finish_reason is not None}
         if cancelled:
             note["cancelled"] = cancelled
-        if ended:
-            note["ended"] = [[number, row.error is not None] for number, row in ended.items()]
-            self._told = {number: row for number, row in self._told.items() if number not in ended}
-        self.ranks.link.send(note)
+        self.ranks.link.send(note | self._take_ended())
+
+    def end_step(self) -> None:
+        """As `Lockstep.end_step`: send it."""
+        if ended := self._take_ended():
+            self.ranks.link.send({"engine": self._number, "is_over": True, **ended})
+
+    def _take_ended(self) -> Note:
+        ended = {number: row for number, row in self._told.items() if row.finish_reason is not None}
+        self._told = {number: row for number, row in self._told.items() if number not in ended}
+        return {"ended": [[n, row.error is not None] for n, row in ended.items()]} if ended else {}
 
     def pace(self, full_chunk: int) -> Pace:
         """As `Lockstep.pace`."""
@@ -203,6 +213,13 @@ class FollowerStep(SharedStep):
         for number in note.get("cancelled", ()):
             engine.rows[number].cancel()
             engine.rows[number].take_wish()
+        self.end_rows(engine, note)
+
+    def end_step(self) -> None:
+        """As `Lockstep.end_step`: nothing, for rank 0's note of it comes by itself."""
+
+    def end_rows(self, engine: Stepped, note: Note) -> None:
+        """End the rows that have ended on rank 0."""
         for number, is_error in note.get("ended", ()):
             engine.rows[number].end("error" if is_error else "stop", RankError("ended by rank 0") if is_error else None)
 

@@ -1,0 +1,67 @@
+"""Two processes over the ring."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_scenario
+from launching import PATIENCE_S, launched, outputs
+from random_models import tiny_config, write_checkpoint
+
+from lfm_mlx.config import Quantization
+from lfm_mlx.load import load
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+SCENARIO = str(Path(rank_scenario.__file__))
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1344}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts in 4 bits with the embedded checkpoint's tokenizer."""
+    raw = tiny_config(**WIDE, intermediate_size=128, moe_intermediate_size=64)
+    stored = lambda path: Quantization(group_size=32)  # noqa: E731
+    folder = write_checkpoint(tmp_path_factory.mktemp("ranks") / "checkpoint", raw, stored=stored)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> dict[str, Any]:
+    """What one process says."""
+    found = json.loads(json.dumps(rank_scenario.run(load(checkpoint).model)))
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["tensor", "expert"])
+def test_two_ranks_say_what_one_says(mode: str, checkpoint: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    with launched(tmp_path, SCENARIO, str(checkpoint), mode, "2") as ranks:
+        (code, out, err), (other_code, other_out, other_err) = outputs(ranks)
+    assert (code, other_code, other_out) == (0, 0, ""), err + other_err
+    assert json.loads(out) == alone
+
+
+def generate(folder: Path, *options: str) -> list[str]:
+    return ["-m", "lfm_mlx.generate", "--model", str(folder), "--prompt", "Hi", "--temp", "0", *options]
+
+
+def test_a_rank_that_is_killed_ends_all_with_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = generate(checkpoint, "--tensor-parallel", "2", "--max-tokens", "1500")
+    with launched(tmp_path, *arguments) as ranks:
+        assert ranks[0].stdout is not None
+        assert ranks[0].stdout.read(4)
+        ranks[1].send_signal(signal.SIGKILL)
+        started_s = time.monotonic()
+        (code, _, err), _ = outputs(ranks)
+    assert time.monotonic() - started_s < PATIENCE_S / 2
+    assert code == 1
+    told = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's own
+    assert told == ["error: rank 1 is gone: its connection was closed; all ranks end, start them again"]
