@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from lfm_mlx.bench.attention_memory import ask_attention_memory
 from lfm_mlx.bench.conversion_cost import ask_conversion_cost
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.false_alarms import ask_false_alarms
@@ -177,6 +178,16 @@ def memory(**options: Any) -> None:
     if subject.peer:
         raise OptionError("peer is mlx-lm, but memory measures this process alone; leave --peer out")
     _finish(ask_memory(subject, **measured))
+
+
+@group.command()
+@click.option("--shapes", metavar="NAME", help=f"The geometry whose heads are taken.  [default: {LARGE_SHAPES}]")
+@click.option("--columns", type=COUNT, help="Keys and values that the last token sees.")
+@click.option("--tokens", "num_tokens", type=COUNT, help="Tokens that attend to them.")
+@click.option("--kv-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Bits of them.")
+def attention(kv_bits: str, **options: Any) -> None:
+    """Bytes that attention over quantised keys and values takes beside them, and its error; one layer."""
+    _finish(ask_attention_memory(kv_bits=int(kv_bits), **_given(**options)))
 
 
 @group.command()
