@@ -18,6 +18,10 @@ from lfm_mlx.errors import OptionError
 BLOCK_TOKENS = 256
 """Tokens a block holds at most; a checkpoint of the convolutions at every end of one adds 5 % to its bytes."""
 
+FIRST_PLACES = (32, 64, 128)
+"""Checkpoints inside a row's first block, so that a change in its first message leaves at least half of what is in
+front of it."""
+
 READING_PART = 2
 """Blocks that are read ahead of rows take at most this part of what is allowed: more would push each other out."""
 
@@ -91,11 +95,11 @@ class PrefixCache:
     def places(self, ids: Sequence[int], start: int = 0, border_ids: Collection[int] = ()) -> list[int]:
         """The lengths behind `start` at which a prompt is to leave checkpoints, for `State.ask`.
 
-        These are the ends of blocks, the places in front of the tokens `border_ids`, where messages begin, and the one
-        in front of the last token, from which the same prompt goes on.
+        These are the ends of blocks, some places in the first one, the places in front of the tokens `border_ids`,
+        where messages begin, and the one in front of the last token, from which the same prompt goes on.
         """
         last = len(ids) - 1
-        ends = range(self.block_tokens, len(ids), self.block_tokens)
+        ends = [*range(self.block_tokens, len(ids), self.block_tokens), *(n for n in FIRST_PLACES if n < len(ids))]
         borders = [i for i in range(start + 1, len(ids)) if ids[i] in border_ids] if border_ids else []
         return sorted(place for place in {*ends, *borders, last} if place > start)
 

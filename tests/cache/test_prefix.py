@@ -87,6 +87,24 @@ def test_a_prompt_goes_on_from_the_furthest_place_that_it_shares(
     assert cache.num_reused_tokens == num_reused
 
 
+def test_a_change_in_the_first_block_leaves_half_of_what_is_in_front_of_it() -> None:
+    cache = PrefixCache(MODEL.config, dtype=MODEL.dtype, max_bytes=1 << 30, block_tokens=256)
+    ids = drawn(200)
+    run(cache, ids)
+    assert [cache.find([*ids[:at], 6, *ids[at + 1 :]]) for at in (31, 40, 64, 100, 150, 199)] == [
+        0,
+        32,
+        64,
+        64,
+        128,
+        199,
+    ]
+    changed = [*ids[:150], 6, 7]
+    reused, logits = run(cache, changed)
+    assert reused == 128
+    assert is_equal(logits, cold(changed))
+
+
 @KV_BITS
 def test_greedy_tokens_after_a_restored_prefix_are_those_of_a_cold_run(kv_bits: int | None) -> None:
     cache = new_cache(kv_bits=kv_bits)

@@ -175,6 +175,7 @@ def test_a_response_is_parsed_and_cut_ones_say_so(client: openai.OpenAI) -> None
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"input": "x", "reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"input": "x", "include": ["reasoning.encrypted_content"]}, "include[0]"),
         ({"input": "x", "frobnicate": 1}, "frobnicate"),
     ],
 )
