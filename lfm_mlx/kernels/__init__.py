@@ -1,6 +1,6 @@
 """Functions that become few kernel launches, or need little memory."""
 
-from lfm_mlx.kernels import choice, compiling
+from lfm_mlx.kernels import choice, compiling, quantized_products
 from lfm_mlx.kernels.add_norm import ADD_NORM, add_norm
 from lfm_mlx.kernels.choice import KERNEL_NAMES, KERNELS_VARIABLE, MAX_TOKENS, Case, FusedKernel, has_metal
 from lfm_mlx.kernels.chunked_attention import SCORE_BYTES, attend_in_chunks
@@ -10,6 +10,7 @@ from lfm_mlx.kernels.elementwise import combine_experts, gated_conv, rank_expert
 from lfm_mlx.kernels.expert_router import ROUTER, Routing, route, weights_of
 from lfm_mlx.kernels.metal_kernel import MetalKernel
 from lfm_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
+from lfm_mlx.kernels.quantized_products import gather_quantized_matmul, quantized_matmul
 from lfm_mlx.kernels.verdict import Verdict, tried_again
 
 FUSED_KERNELS = (ADD_NORM, COMBINE_NORM, QK_NORM_ROPE, ROUTER)
@@ -39,9 +40,12 @@ __all__ = [
     "combine_norm",
     "compiling",
     "gated_conv",
+    "gather_quantized_matmul",
     "has_metal",
     "is_compiling",
     "qk_norm_rope",
+    "quantized_matmul",
+    "quantized_products",
     "rank_experts",
     "route",
     "silu_multiply",

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.config import Quantization
+from lfm_mlx.kernels import gather_quantized_matmul, quantized_matmul
 
 
 class Linear(Module):
@@ -51,17 +52,7 @@ class QuantizedLinear(Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ``(..., in)`` to ``(..., out)``."""
-        stored = self.stored
-        y = mx.quantized_matmul(
-            x,
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            transpose=True,
-            group_size=stored.group_size,
-            bits=stored.bits,
-            mode=stored.mode,
-        )
+        y = quantized_matmul(x, self.weight, self.scales, self.get("biases"), self.stored)
         return y + self.bias if "bias" in self else y
 
 
@@ -146,18 +137,15 @@ class QuantizedExpertLinear(Module):
         self, x: mx.array, experts: mx.array, rows: mx.array | None = None, *, is_sorted: bool = False
     ) -> mx.array:
         """As `ExpertLinear.__call__`."""
-        return mx.gather_qmm(
+        return gather_quantized_matmul(
             x,
             self.weight,
             self.scales,
             self.get("biases"),
-            lhs_indices=rows,
-            rhs_indices=experts,
-            transpose=True,
-            group_size=self.stored.group_size,
-            bits=self.stored.bits,
-            mode=self.stored.mode,
-            sorted_indices=is_sorted,
+            self.stored,
+            experts=experts,
+            rows=rows,
+            is_sorted=is_sorted,
         )
 
 
