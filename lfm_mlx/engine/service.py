@@ -9,14 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lfm_mlx.cache import PrefixCache, Reading
+from lfm_mlx.distributed import ranks_of
 from lfm_mlx.engine.engine import Engine
 from lfm_mlx.engine.request import Request, Row
-from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError
+from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError, RankError
 from lfm_mlx.memory import available_bytes, release_freed, row_bytes, rows_budget_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.types import check_integer
 
 _log = logging.getLogger(__name__)
+
+FAREWELL_S = 3.0
+"""A process lives on so long when a rank of its model is gone, to say so to those who wait."""
 
 ASSUMED_SERVICE_S = 2.0
 """How long a request is taken to last while none has ended yet."""
@@ -102,6 +106,10 @@ class EngineThread:
         self._tokens = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         self._service_s = ASSUMED_SERVICE_S
         self._checked_s = time.monotonic()
+        self._loss: RankError | None = None
+        ranks = ranks_of(model)
+        if ranks is not None:
+            ranks.link.on_failure = self._give_up
         self._thread = threading.Thread(target=self._run, name="lfm-engine", daemon=True)
         self._thread.start()
 
@@ -178,6 +186,8 @@ class EngineThread:
         return row
 
     def _check_open(self) -> None:
+        if self._loss is not None:
+            raise EngineClosedError(str(self._loss))
         if self._is_closing:
             raise EngineClosedError("the engine is closed, expected it to run; start a new one")
         num_waiting = len(self._rows) - self.max_rows
@@ -213,7 +223,20 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs and takes requests."""
-        return self._thread.is_alive() and not self._is_closing
+        return self._thread.is_alive() and not self._is_closing and self._loss is None
+
+    def _give_up(self, loss: RankError) -> float:
+        """Another rank of the model is gone: the engine's thread may wait for it for ever, so its rows are ended here.
+
+        Returns:
+            Seconds in which those who wait may read that.
+        """
+        self._loss = loss
+        for row in list(self._rows):
+            row.end("error", EngineClosedError(str(loss)))
+            if row.on_progress is not None:
+                row.on_progress()
+        return FAREWELL_S
 
     def close(self, timeout_s: float = 0.0) -> None:
         """Take no more requests, let those that run finish for so many seconds, then cancel them; waits for the end."""

@@ -68,7 +68,7 @@ class Service:
         )
         self._open: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
         self.responses = ResponseStore(settings.max_stored_bytes)
-        self.is_closing = False
+        self._is_closing = False
         self.metrics.show(self.gauges, self.totals)
 
     @property
@@ -212,9 +212,14 @@ class Service:
         )
         asked.cancel(error)
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether no more questions are taken."""
+        return self._is_closing or not self.engine.is_alive
+
     def begin_closing(self) -> None:
         """Take no more questions."""
-        self.is_closing = True
+        self._is_closing = True
 
     def cancel_all(self) -> None:
         """End all answers, because the server closes."""
