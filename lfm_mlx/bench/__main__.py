@@ -14,6 +14,8 @@ from click.core import ParameterSource
 from lfm_mlx.bench.attention_memory import ask_attention_memory
 from lfm_mlx.bench.conversion_cost import ask_conversion_cost
 from lfm_mlx.bench.decode_speed import ask_decode_speed
+from lfm_mlx.bench.distributed_plan import ask_distributed_plan
+from lfm_mlx.bench.distributed_run import ask_distributed_run
 from lfm_mlx.bench.false_alarms import ask_false_alarms
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.kernel_trials import ask_kernel_trials
@@ -28,6 +30,7 @@ from lfm_mlx.bench.serving_speed import ask_serving
 from lfm_mlx.bench.shapes import SHAPES
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
 from lfm_mlx.bench.synthetic import TAILS, write_synthetic
+from lfm_mlx.distributed import Mode, is_first_rank
 from lfm_mlx.errors import OptionError
 from lfm_mlx.terminal import format_bytes, run
 
@@ -238,6 +241,40 @@ def serving(model: str, peer: str | None, plot: Path | None, **options: Any) -> 
     if plot is not None:
         plot_serving(report, plot)
     _finish(report)
+
+
+@group.command()
+@subject_options(LARGE_SHAPES)
+@click.option("--plan", is_flag=True, help="On paper: bytes, collectives, memory and speed for 1 to 8 ranks.")
+@click.option("--context", type=COUNT, help="Plan: tokens that a row has seen.")
+@click.option("--batch-sizes", **NUMBERS, help="Plan: numbers of rows.")
+@click.option("--chip", help="Plan: of every machine, as in M4 Pro.")
+@click.option("--teraflops", type=click.FloatRange(0.01), help="Plan: of its matrix products.")
+@click.option("--tensor-parallel", type=COUNT, help="Ranks launched with mlx.launch: measure what they send and hold.")
+@click.option("--expert-parallel", type=COUNT, help="The same, with experts dealt out whole.")
+@click.option("--prompt-tokens", "prompt_len", type=COUNT, help="Tokens of a prompt that is measured.")
+@click.option("--rows", "batch_size", type=COUNT, help="Prompts.")
+@click.option("--steps", "num_steps", type=COUNT, help="Tokens decoded behind them.")
+def distributed(plan: bool, tensor_parallel: int | None, expert_parallel: int | None, **options: Any) -> None:
+    """What several machines would bring, on paper; or what ranks on this one send and hold."""
+    paper = {name: options.pop(name) for name in ("context", "batch_sizes", "chip", "teraflops")}
+    named = {name: options.pop(name) for name in ("model", "shapes", "bits", "kv_bits", "peer")}
+    if named["peer"]:
+        raise OptionError("peer is mlx-lm, but ranks are compared with the plan alone; leave --peer out")
+    subject, sizes = _subject(LARGE_SHAPES, **named), _given(tensor=tensor_parallel, expert=expert_parallel)
+    if plan == bool(sizes) or len(sizes) > 1:
+        raise click.UsageError("give one of --plan, --tensor-parallel N and --expert-parallel N")
+    wrong = _given(**(options if plan else paper))
+    if wrong:
+        raise click.UsageError(f"{', '.join(wrong)} belong to {'a measurement' if plan else '--plan'}; leave them out")
+    if plan:
+        _finish(ask_distributed_plan(subject, **_given(**paper)))
+        return
+    ((_, size),) = sizes.items()
+    mode: Mode = "tensor" if expert_parallel is None else "expert"
+    report = ask_distributed_run(subject, size=size, mode=mode, **_given(**options))
+    if is_first_rank():
+        _finish(report)
 
 
 command = group

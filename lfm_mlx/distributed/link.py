@@ -64,6 +64,11 @@ class Peer:
         self._on_loss = on_loss
         self._sending = threading.Lock()
 
+    @property
+    def handle(self) -> int:
+        """The system's number of the connection."""
+        return self._connection.fileno()
+
     def start(self) -> None:
         """Begin to read."""
         threading.Thread(target=self._read, name="lfm-link", daemon=True).start()
@@ -133,6 +138,11 @@ class Link:
         for peer in self.peers.values():
             peer.start()
         threading.Thread(target=self._beat, name="lfm-beat", daemon=True).start()
+
+    @property
+    def handles(self) -> set[int]:
+        """The system's numbers of these connections."""
+        return {peer.handle for peer in self.peers.values()}
 
     @property
     def is_leader(self) -> bool:
