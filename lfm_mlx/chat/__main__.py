@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from lfm_mlx.chat import AnswerOptions, Chat, FunctionTool
-from lfm_mlx.cli import generation_options, load_model, loading_options, model_option, read_standard_input, read_text
+from lfm_mlx.cli import (
+    generation_options,
+    is_parallel,
+    load_model,
+    loading_options,
+    model_option,
+    read_standard_input,
+    read_text,
+)
 from lfm_mlx.errors import OptionError
 from lfm_mlx.generate import check_options
 from lfm_mlx.generate.generation import with_overrides
@@ -62,7 +70,8 @@ def command(
     Text that is piped in is one message. The answer then goes to standard output, reasoning and tool calls to standard
     error.
     """
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    is_interactive = is_terminal or is_parallel(loading)  # mlx.launch hands on lines that are typed, and no terminal.
     interrupts = Interrupts()
     sampling = dict(generation)
     options: dict[str, Any] = {
@@ -102,7 +111,7 @@ def command(
     rendering.note(_greeting(model, loaded, functions))
     for message in messages:
         shell.say(message)
-    shell.run(make_keyboard(Commands.words(), is_dumb=is_dumb()))
+    shell.run(make_keyboard(Commands.words(), is_dumb=is_dumb() or not is_terminal))
     return 0
 
 

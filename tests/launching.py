@@ -34,7 +34,7 @@ def launched(folder: Path, *arguments: str, size: int = 2) -> Iterator[Sequence[
     """
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-    tests = Path(__file__).resolve().parents[1]
+    tests = Path(__file__).resolve().parent
     paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
     shared = {**os.environ, "MLX_HOSTFILE": str(hosts), "PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
