@@ -14,12 +14,14 @@ import click
 
 from lfm_mlx.config import ModelConfig, read_config, read_json_object
 from lfm_mlx.errors import ConversionError, OptionError
-from lfm_mlx.hub import fetch, upload, validate_repo_id
+from lfm_mlx.hub import check_can_upload, fetch, is_local, upload
+from lfm_mlx.hub_weights import RemoteCheckpoint, open_remote
 from lfm_mlx.terminal import format_bytes, run
 
+from .attempt import Progress
 from .card import NAME as CARD
 from .card import write_card
-from .conversion import ConversionResult, Progress, convert
+from .conversion import ConversionResult, convert
 from .job import Job, planned_size, values_in
 from .manifest import add_to_manifest, check_manifest
 from .quality import FILES, MAX_TOKENS, measure_quality, read_set, write_report
@@ -37,11 +39,13 @@ from .staging import find_progress
 @click.option("--recipe", metavar="NAME", help=f"Instead of the three above: {', '.join(RECIPES)}, or a JSON file.")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), help="How affine scales are found.  [default: the recipe's]")
 @click.option("--calibrate", "calibration", metavar="FILE", help="Text; columns that get larger inputs weigh more.")
+@click.option("--target-bpw", type=float, metavar="BITS", help="Bits per weight; a recipe is made for it.")
 @click.option("--no-quantize", is_flag=True, help="Keep full precision; only names and layout change.")
 @click.option("--dtype", help=f"Type of what stays unquantised: {', '.join(DTYPES)}.  [default: the source's]")
 @click.option("--revision", help="Branch, tag or commit of the repo.")
 @click.option("--subfolder", help="Folder in the repo that holds the checkpoint.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--discard-source", is_flag=True, help="Delete each downloaded file of a repo once it is converted.")
 @click.option("--force", is_flag=True, help="Replace DST if it is a model folder already.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted conversion to DST.")
 @click.option("--requantize", is_flag=True, help="Accept a source that is quantised already.")
@@ -59,6 +63,7 @@ def command(
     group_size: int | None,
     mode: str | None,
     recipe: str | None,
+    target_bpw: float | None,
     no_quantize: bool,
     revision: str | None,
     subfolder: str | None,
@@ -79,22 +84,33 @@ def command(
         return
     if model is None or out is None:
         raise click.UsageError(f"Missing option '--{'model' if model is None else 'out'}'")
-    chosen = _recipe(bits, group_size, mode, recipe, no_quantize)
+    chosen = _recipe(bits, group_size, mode, recipe, no_quantize, target_bpw)
     if upload_repo is not None:
-        validate_repo_id(upload_repo)
+        check_can_upload(upload_repo)
+    reads_twice = target_bpw is not None or options["calibration"] is not None
+    discard = options["discard_source"]
+    if discard and (reads_twice or with_report):
+        raise OptionError(
+            "--discard-source deletes files once they are converted, but --calibrate, --target-bpw and --report read "
+            "the source more than once; leave one of them out"
+        )
+    source: Path | RemoteCheckpoint
     if model.endswith(".gguf") and Path(model).expanduser().is_file():
         source = Path(model).expanduser()
-    else:
+    elif is_local(model) or offline or reads_twice:
         source = fetch(model, revision=revision, subfolder=subfolder, offline=offline)
+    else:
+        source = open_remote(model, revision=revision, subfolder=subfolder)
     with _ended_by_signals(out), _progress_bar(is_shown=not quiet) as progress:
         tell = None if quiet else (lambda job: click.echo(plan_line(job), err=True))
-        result = convert(source, out, recipe=chosen, on_plan=tell, progress=progress, **options)
+        result = convert(source, out, recipe=chosen, target_bpw=target_bpw, on_plan=tell, progress=progress, **options)
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
     if not quiet:
         click.echo(_summary(result))
     if with_report:
-        write_quality(source, result.folder, None, MAX_TOKENS)
+        whole = source if isinstance(source, Path) else fetch(model, revision=revision, subfolder=subfolder)
+        write_quality(whole, result.folder, None, MAX_TOKENS)
     if upload_repo is not None:
         click.echo(upload(result.folder, upload_repo))
 
@@ -145,15 +161,18 @@ def dequantize(source: str, out: str, dtype: str | None, force: bool) -> None:
 @click.argument("source", metavar="SRC", type=click.Path(file_okay=False, exists=True, path_type=Path))
 @click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, exists=True, path_type=Path))
 @click.option("--evaluation", type=click.Path(path_type=Path), help="JSON with texts and conversations of your own.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many texts and conversations of the set.")
 @click.option("--max-tokens", type=click.IntRange(1), default=MAX_TOKENS, show_default=True, help="Of an answer.")
-def report(source: Path, folder: Path, evaluation: Path | None, max_tokens: int) -> None:
+def report(source: Path, folder: Path, evaluation: Path | None, limit: int | None, max_tokens: int) -> None:
     """Compare OUT with the unquantised SRC and write QUALITY.md, quality.json and quality.svg into it."""
-    write_quality(source.resolve(), folder.resolve(), evaluation, max_tokens)
+    write_quality(source.resolve(), folder.resolve(), evaluation, max_tokens, limit)
 
 
-def write_quality(source: Path, folder: Path, evaluation: Path | None, max_tokens: int) -> None:
+def write_quality(
+    source: Path, folder: Path, evaluation: Path | None, max_tokens: int, limit: int | None = None
+) -> None:
     """Measure, write the report, and say the result in a line."""
-    chosen = read_set(evaluation)
+    chosen = {kind: items[:limit] for kind, items in read_set(evaluation).items()}
     quality = measure_quality(
         source,
         folder,
@@ -174,6 +193,16 @@ def write_quality(source: Path, folder: Path, evaluation: Path | None, max_token
     )
 
 
+@command.command(name="upload")
+@click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.argument("repo")
+def upload_folder(folder: Path, repo: str) -> None:
+    """Upload a converted FOLDER to REPO of the hub, after comparing it with its manifest."""
+    check_can_upload(repo)
+    check_manifest(folder)
+    click.echo(upload(folder.resolve(), repo))
+
+
 @command.command(name="verify")
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify_files(folder: Path) -> None:
@@ -181,14 +210,23 @@ def verify_files(folder: Path) -> None:
     click.echo(f"{folder}: {check_manifest(folder)} files are as the manifest says")
 
 
-def _recipe(bits: int | None, group_size: int | None, mode: str | None, name: str | None, no_quantize: bool) -> Recipe:
-    """The recipe that the flags describe; flags that contradict each other are refused."""
+def _recipe(
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    name: str | None,
+    no_quantize: bool,
+    target_bpw: float | None,
+) -> Recipe | None:
+    """The recipe that the flags describe, None where it is still to be found; contradicting flags are refused."""
     detailed = {"--bits": bits, "--group-size": group_size, "--mode": mode}
     given = [flag for flag, value in detailed.items() if value is not None]
-    given += ["--recipe"] if name is not None else []
-    given += ["--no-quantize"] if no_quantize else []
-    if len(given) > 1 and (name is not None or no_quantize):
+    alone = {"--recipe": name is not None, "--no-quantize": no_quantize, "--target-bpw": target_bpw is not None}
+    given += [flag for flag, is_given in alone.items() if is_given]
+    if len(given) > 1 and any(alone.values()):
         raise OptionError(f"{' and '.join(given)} exclude each other; keep one of them")
+    if target_bpw is not None:
+        return None
     if no_quantize:
         return UNQUANTIZED
     if name is not None:

@@ -6,13 +6,14 @@ the weight of its error in the search for scales. Layers stream past: one of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import OptionError
 from lfm_mlx.model import Block, MoE
 from lfm_mlx.names import dense_matrices
@@ -43,17 +44,12 @@ def calibrate(source: Path, text: str, file: Path) -> dict[str, Segment]:
     """
     model = Layerwise(source)
     config = model.config
-    tokenizer = load_tokenizer(source, config_eos_ids=config.eos_token_ids, model_vocab_size=config.vocab_size)
-    ids = tokenizer.encode(text)
-    starts = range(0, len(ids), SEQUENCE_TOKENS)
-    sequences = [chunk for start in starts if len(chunk := ids[start : start + SEQUENCE_TOKENS]) >= _FEWEST_TOKENS]
-    if not sequences:
-        raise OptionError(f"calibrate has {len(ids)} tokens of text, expected at least {_FEWEST_TOKENS}; give more")
+    sequences = token_sequences(model, source, text)
     measured: dict[str, mx.array] = {}
     hidden = model.embed(sequences)
     for index in range(config.num_layers):
         block = model.layer(index)
-        recorders = _listen(block, f"model.layers.{index}", dense_matrices(config), config.num_experts)
+        recorders = listen(block, f"model.layers.{index}", config, _Recorder)
         hidden = [step_through(block, x).hidden for x in hidden]
         mx.eval(hidden)
         measured |= {name: recorder.mean_square() for recorder, names in recorders for name in names}
@@ -62,12 +58,42 @@ def calibrate(source: Path, text: str, file: Path) -> dict[str, Segment]:
     return _written(measured, file)
 
 
-def _listen(
-    block: Block, path: str, dense: tuple[str, str, str], num_experts: int
-) -> list[tuple[_Recorder, list[str]]]:
-    """Put a recorder before each matrix of a layer; with each, the names of the tensors that share its input."""
+def token_sequences(model: Layerwise, source: Path, text: str) -> list[list[int]]:
+    """The ids of a text in sequences of at most `SEQUENCE_TOKENS`.
+
+    Raises:
+        OptionError: the text is too short.
+    """
+    config = model.config
+    tokenizer = load_tokenizer(source, config_eos_ids=config.eos_token_ids, model_vocab_size=config.vocab_size)
+    ids = tokenizer.encode(text)
+    starts = range(0, len(ids), SEQUENCE_TOKENS)
+    sequences = [chunk for start in starts if len(chunk := ids[start : start + SEQUENCE_TOKENS]) >= _FEWEST_TOKENS]
+    if not sequences:
+        raise OptionError(f"calibrate has {len(ids)} tokens of text, expected at least {_FEWEST_TOKENS}; give more")
+    return sequences
+
+
+Listener = TypeVar("Listener")
+
+
+def listen(
+    block: Block, path: str, config: ModelConfig, make: Callable[[Any, int], Listener]
+) -> list[tuple[Listener, list[str]]]:
+    """Put a listener in the place of each matrix of a layer.
+
+    Args:
+        block: the layer; it is changed.
+        path: its name.
+        config: the model's.
+        make: makes a listener of a matrix and the number of experts in it, 0 for a matrix that is alone.
+
+    Returns:
+        The listeners, with each the names of the tensors that lie in its matrix, row-wise.
+    """
     operator, feed_forward = block.operator, block.feed_forward
-    gate, up, down = dense
+    num_experts = config.num_experts
+    gate, up, down = dense_matrices(config)
     listened: list[tuple[Any, str, list[str], int]]
     if hasattr(operator, "qkv_proj"):
         listened = [
@@ -90,12 +116,12 @@ def _listen(
             (feed_forward, "gate_up_proj", both, 0),
             (feed_forward, "down_proj", [f"{path}.feed_forward.{down}.weight"], 0),
         ]
-    recorders = []
+    listeners = []
     for owner, attribute, names, count in listened:
-        recorder = _Recorder(getattr(owner, attribute), count)
-        setattr(owner, attribute, recorder)
-        recorders.append((recorder, names))
-    return recorders
+        listener = make(getattr(owner, attribute), count)
+        setattr(owner, attribute, listener)
+        listeners.append((listener, names))
+    return listeners
 
 
 class _Recorder:

@@ -4,49 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.config import ModelConfig
-from lfm_mlx.errors import CheckpointError, ConversionError, LfmError, OptionError
+from lfm_mlx.config import ModelConfig, read_config
+from lfm_mlx.errors import CheckpointError, ConversionError, DownloadError, LfmError, OptionError
+from lfm_mlx.hub_weights import RemoteCheckpoint
 from lfm_mlx.tokenizer import load_tokenizer, tool_problems
 from lfm_mlx.types import check_integer
 
-from .calibration import calibrate, read_text
-from .card import write_card
+from .attempt import Attempt, Progress
 from .feed import Feed, LocalFeed
 from .gguf_source import GgufSource
-from .hashing import Hasher
-from .job import Job, describe
-from .journal import Journal
-from .manifest import write_manifest
-from .piecework import digest_of
+from .job import Job
+from .preparation import Wish, check_readable, check_streamed
 from .quantize import DTYPES
 from .recipes import Recipe, recipe_named
-from .segments import CheckpointSource, Segment, WeightSource
-from .sidecars import config_json, copy_sidecars, find_sidecars, write_sidecars
+from .remote import RemoteFeed, RemoteSource, download_folder, has_downloads
+from .segments import CheckpointSource, WeightSource
+from .sidecars import find_sidecars
 from .staging import check_destination, check_space, find_progress, staged, tidy
-from .tasks import TASK_BYTES, Task
-from .verify import verify
-from .workers import do_tasks
-from .write import SHARD_BYTES, allocate, write_index, write_json
-
-Progress = Callable[[int, int], None]
-"""Called at the start and after each task with the source bytes converted so far and the bytes there are in all."""
+from .tasks import TASK_BYTES
+from .write import SHARD_BYTES
 
 _SPARE_BYTES = 1 << 20
 """Room asked for beyond tensors and copied files: headers, index, config.json."""
 
 _BYTES_PER_WORKER = 256 << 20
 """A source of fewer bytes is not worth the start of one more process."""
-
-_AHEAD_BYTES = 1 << 30
-"""How far hashing the source may run ahead of converting it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +72,15 @@ class ConversionResult:
 
 
 def convert(
-    source: Path | str,
+    source: Path | str | RemoteCheckpoint,
     out: Path | str,
     *,
-    recipe: Recipe | str = "4bit",
+    recipe: Recipe | str | None = None,
     dtype: str | None = None,
     rounding: str | None = None,
     calibration: Path | str | None = None,
+    target_bpw: float | None = None,
+    discard_source: bool = False,
     force: bool = False,
     resume: bool = False,
     requantize: bool = False,
@@ -103,13 +95,18 @@ def convert(
     An interrupted conversion leaves a folder beside `out` from which `resume` goes on.
 
     Args:
-        source: a checkpoint with Hugging Face's or MLX's names, or a GGUF file.
+        source: a checkpoint with Hugging Face's or MLX's names, a GGUF file, or a repo's checkpoint, whose files are
+            downloaded while others are converted.
         out: the folder to make; its parents are made too.
-        recipe: how each matrix is stored, or the name of such a recipe, or the path of a recipe file.
+        recipe: how each matrix is stored, or the name of such a recipe, or the path of a recipe file; None is "4bit".
         dtype: type of unquantised tensors and of affine scales; None takes ``torch_dtype`` of config.json and, where
             that is absent, each tensor's own. Expert biases are always float32.
         rounding: ``minmax`` or ``search``; None takes the recipe's.
         calibration: a file of text; the search weighs the error of each column by what it gets as input there.
+        target_bpw: bits per weight, instead of a recipe: one is made in which bytes go where they save most, by what
+            each matrix loses on the text of `calibration`, or by its relative error where there is none.
+        discard_source: download a repo's files beside `out` and delete each once it is converted: of the source no more
+            than two files are on the disk. What was downloaded before is used and stays.
         force: replace an `out` that is a model folder already.
         resume: go on with what an interrupted conversion left, after checking it; start anew where there is nothing.
         requantize: accept a source that is quantised already, although precision that is lost does not come back.
@@ -127,41 +124,64 @@ def convert(
         ConversionError: source or destination do not allow it, a worker died, or writing failed.
     """
     started = time.perf_counter()
-    chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    if calibration is not None:
-        if rounding == "minmax":
-            raise OptionError(
-                "calibration weighs the search for scales, but rounding is 'minmax'; leave one of them out"
-            )
-        rounding = "search"
-    chosen = chosen if rounding is None else replace(chosen, rounding=rounding)
     for name, value in (("shard_bytes", shard_bytes), ("task_bytes", task_bytes)):
         check_integer(name, value, minimum=1)
     if jobs is not None:
         check_integer("jobs", jobs, minimum=1, maximum=256)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    wish = Wish(
+        recipe=recipe_named(recipe) if isinstance(recipe, str) else recipe,
+        dtype=dtype,
+        rounding=rounding,
+        calibration=None if calibration is None else Path(calibration).expanduser(),
+        target_bpw=target_bpw,
+        shard_bytes=shard_bytes,
+        task_bytes=task_bytes,
+    )
+    out = Path(out).expanduser().resolve()
+    remote = source if isinstance(source, RemoteCheckpoint) else None
+    source = remote.folder if remote is not None else Path(source).expanduser().resolve()  # type: ignore[arg-type]
+    if discard_source and remote is None:
+        raise OptionError(
+            f"discard_source deletes files of a repo once they are converted, but {source} is a path of yours; leave "
+            "it out, nothing there is ever deleted"
+        )
     stack = contextlib.ExitStack()
     try:
-        notes = tidy(out, keep_progress=resume)
+        downloads = None if remote is None else download_folder(out, remote)
+        notes = tidy(out, keep_progress=resume, keep=downloads)
         check_destination(source, out, force=force)
-        weights = _open_source(source, requantize=requantize)
-        importance = stack.enter_context(_measured(source, out, calibration))
-        job = Job(weights, chosen, dtype=dtype, shard_bytes=shard_bytes, task_bytes=task_bytes, importance=importance)
+        _check_quantization(source, requantize=requantize)
+        if remote is not None and downloads is not None:
+            check_streamed(wish)
+            stack.enter_context(_kept_for_later(downloads))
+            at_hub = RemoteSource(remote, downloads)
+            weights: WeightSource = at_hub
+            feed: Feed = RemoteFeed(at_hub, discard=discard_source)
+        else:
+            weights = _open_source(source)
+            feed = LocalFeed(source if source.is_dir() else source.parent, weights.files)
+        check_readable(wish, source, weights.config)
+        job = wish.plan(weights, source, out, stack.enter_context(_scratch(out, wish)), resume=resume)
         root = source if source.is_dir() else source.parent
         sidecars = find_sidecars(root) if source.is_dir() else []
         if isinstance(weights, GgufSource) and weights.block_types:
             lost = ", ".join(weights.block_types)
             notes.append(f"{source} holds {lost}: precision that was lost there does not come back")
-        if not resume or find_progress(out) is None:
-            needed = job.num_bytes + sum((root / file).stat().st_size for file in sidecars) + _SPARE_BYTES
-            check_space(out, needed)
+        needed = job.num_bytes + sum((root / file).stat().st_size for file in sidecars) + _SPARE_BYTES
+        is_begun = resume and find_progress(out) is not None
+        beside, cached = feed.room_bytes()
+        check_space(out, beside + (0 if is_begun else needed), cache=root if cached else None, cache_bytes=cached)
         if on_plan is not None:
             on_plan(job)
-        run = _Run(job, root, source, LocalFeed(root, weights.files))
+        texts = [] if wish.calibration is None else [wish.calibration]
+        attempt = Attempt(job, root, source, feed, texts)
         with staged(out, resume=resume, keeps=_can_go_on) as folder:
-            run.fill(folder, sidecars, _num_workers(job, jobs), progress)
+            attempt.fill(folder, sidecars, _num_workers(job, jobs), progress)
+    except DownloadError as error:
+        kept = "; then go on with --resume (resume=True)" if find_progress(out) else ""
+        raise DownloadError(f"{error}{kept}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         kept = "; free the cause and go on with --resume (resume=True)" if find_progress(out) else ""
@@ -177,7 +197,7 @@ def convert(
         num_bytes=job.num_bytes,
         num_parameters=job.num_parameters,
         num_shards=len(job.shards),
-        num_resumed_tasks=run.num_resumed,
+        num_resumed_tasks=attempt.num_resumed,
         num_tasks=len(job.tasks),
         elapsed_s=time.perf_counter() - started,
         notes=tuple(notes),
@@ -185,17 +205,14 @@ def convert(
 
 
 @contextlib.contextmanager
-def _measured(source: Path, out: Path, calibration: Path | str | None) -> Iterator[dict[str, Segment] | None]:
-    """What a calibration found, in a file that lives as long as the block."""
-    if calibration is None:
+def _scratch(out: Path, wish: Wish) -> Iterator[Path | None]:
+    """A folder beside `out` for what a calibration finds; it lives as long as the block."""
+    if wish.calibration is None:
         yield None
         return
-    if not source.is_dir():
-        raise OptionError(f"calibration needs the unquantised model in a folder, but {source} is a file")
-    text = read_text([Path(calibration).expanduser()])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.calibration-", dir=out.parent) as folder:
-        yield calibrate(source, text, Path(folder) / "columns")
+        yield Path(folder)
 
 
 def _tokenizer_notes(source: Path, out: Path, config: ModelConfig) -> list[str]:
@@ -208,19 +225,35 @@ def _tokenizer_notes(source: Path, out: Path, config: ModelConfig) -> list[str]:
     return tool_problems(tokenizer, config.vocab_size)
 
 
-def _open_source(source: Path, *, requantize: bool) -> WeightSource:
-    if source.is_file() and source.suffix == ".gguf":
-        return GgufSource(source)
+def _check_quantization(source: Path, *, requantize: bool) -> None:
     if not source.is_dir():
-        raise ConversionError(f"{source}: no such folder, expected a checkpoint with config.json and safetensors files")
-    checkpoint = Checkpoint(source)
-    stored = checkpoint.config.quantization
+        return
+    stored = read_config(source).quantization
     if stored is not None and not requantize:
         raise ConversionError(
             f"{source}: is quantised already ({stored.default.bits} bits, {stored.default.mode}), expected full "
             "precision; convert the original checkpoint, or accept the loss with --requantize (requantize=True)"
         )
-    return CheckpointSource(checkpoint)
+
+
+def _open_source(source: Path) -> WeightSource:
+    if source.is_file() and source.suffix == ".gguf":
+        return GgufSource(source)
+    if not source.is_dir():
+        raise ConversionError(f"{source}: no such folder, expected a checkpoint with config.json and safetensors files")
+    return CheckpointSource(Checkpoint(source))
+
+
+@contextlib.contextmanager
+def _kept_for_later(downloads: Path) -> Iterator[None]:
+    """Removes the folder at the end of the block, after an error only if nothing in it is worth keeping."""
+    try:
+        yield
+    except BaseException:
+        if not has_downloads(downloads):
+            shutil.rmtree(downloads, ignore_errors=True)
+        raise
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _num_workers(job: Job, jobs: int | None) -> int:
@@ -232,117 +265,4 @@ def _num_workers(job: Job, jobs: int | None) -> int:
 
 def _can_go_on(error: BaseException) -> bool:
     """Whether a later run can go on after this: not where the source or a value in it was at fault."""
-    return not isinstance(error, LfmError) or isinstance(error, ConversionError)
-
-
-class _Run:
-    """One attempt at a job."""
-
-    def __init__(self, job: Job, source: Path, named: Path, feed: Feed) -> None:
-        self.job = job
-        self.source = source
-        self.named = named
-        self.feed = feed
-        self.num_resumed = 0
-
-    def fill(self, folder: Path, sidecars: Sequence[Path], num_workers: int, progress: Progress | None) -> None:
-        """Fill `folder`, config.json and the manifest last, and check that it loads."""
-        job = self.job
-        identity = {
-            "source": self.feed.identity,
-            **describe(job),
-            "plan": job.fingerprint(self.source),
-        }
-        is_new = not (folder / ".journal").is_file()
-        journal = Journal.begin(folder, identity) if is_new else Journal.resume(folder, identity)
-        allocate(folder, job.shards)
-        self._check_done(journal, folder)
-        self._do_tasks(journal, folder, num_workers, progress)
-        for shard in job.shards:
-            _sync(folder / shard.file)
-        write_index(folder, job.shards, job.num_parameters)
-        copy_sidecars(self.source, folder, sidecars)
-        if isinstance(job.source, GgufSource):
-            write_sidecars(folder, job.source.sidecars())
-        config = config_json(job.source.config, job.recipe.default, job.overrides(), job.dtype)
-        write_json(folder / "config.json", config)
-        verify(folder, job.planned)
-        write_card(folder, self.named, describe(job), job.num_bytes, job.bits_per_weight)
-        write_manifest(folder, self.source, sidecars, journal.inputs, describe(job))
-        journal.remove()
-
-    def _check_done(self, journal: Journal, folder: Path) -> None:
-        """Forget the tasks whose work is not there as it was."""
-        for task in self.job.tasks:
-            if task.number in journal.tasks and digest_of(task, folder) != journal.tasks[task.number]:
-                del journal.tasks[task.number]
-        self.num_resumed = len(journal.tasks)
-
-    def _do_tasks(self, journal: Journal, folder: Path, num_workers: int, progress: Progress | None) -> None:
-        job, total = self.job, self.job.source_bytes
-        todo = [task for task in job.tasks if task.number not in journal.tasks]
-        left = Counter(task.file for task in todo)
-        done_bytes = total - sum(task.source_bytes for task in todo)
-        if progress is not None:
-            progress(done_bytes, total)
-        hashed = {self.source / name for name in journal.inputs}
-        hasher = Hasher(lambda file, size, digest: journal.add_input(str(file.relative_to(self.source)), size, digest))
-        with contextlib.closing(_Closing(hasher.stop)):
-            order = _Order(job.source.files, self.feed, hasher, hashed)
-            for done in do_tasks(order.dispatch(todo), folder, num_workers):
-                journal.add_task(done.task.number, done.digest)
-                done_bytes += done.task.source_bytes
-                left[done.task.file] -= 1
-                if not left[done.task.file]:
-                    self.feed.check(done.task.file)
-                if progress is not None:
-                    progress(done_bytes, total)
-            order.finish()
-        for file in job.source.files:
-            self.feed.check(file)
-
-
-class _Closing:
-    """Lets `contextlib.closing` call any function."""
-
-    def __init__(self, close: Callable[[], None]) -> None:
-        self.close = close
-
-
-class _Order:
-    """Hands out tasks in the order of the source's files and lets these be hashed along with it."""
-
-    def __init__(self, files: Sequence[Path], feed: Feed, hasher: Hasher, hashed: set[Path]) -> None:
-        self.files = list(files)
-        self.feed = feed
-        self.hasher = hasher
-        self.hashed = hashed
-        self.opened_bytes = 0
-
-    def dispatch(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """The tasks, each once its file is there."""
-        for task in tasks:
-            self._open_to(task.file)
-            self.hasher.allow(self.opened_bytes + task.pieces[-1].reads[-1].offset + _AHEAD_BYTES)
-            yield task
-
-    def finish(self) -> None:
-        """Hash what no task has asked for."""
-        if self.files:
-            self._open_to(self.files[-1])
-        self.hasher.finish()
-
-    def _open_to(self, file: Path) -> None:
-        while file in self.files:
-            opened = self.files.pop(0)
-            self.feed.ensure(opened)
-            if opened not in self.hashed:
-                self.hasher.add([opened])
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return not isinstance(error, LfmError) or isinstance(error, (ConversionError, DownloadError))

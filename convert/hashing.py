@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lfm_mlx.errors import LfmError
+
 CHUNK_BYTES = 4 << 20
 
 
@@ -23,13 +25,14 @@ class Hasher:
     """Hashes files in a thread, each as soon as it is allowed to, so that they are read only once from the disk.
 
     Args:
-        on_file: called in the thread with each file, its bytes and its SHA-256.
+        on_file: called in the thread with each file, its bytes and its SHA-256; an error of ours that it raises ends
+            the hashing and is raised by `finish`.
     """
 
     def __init__(self, on_file: Callable[[Path, int, str], None]) -> None:
         self._on_file = on_file
         self._files: list[Path] = []
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._is_closed = False
         self._is_stopped = False
         self._done_bytes = 0
@@ -55,6 +58,7 @@ class Hasher:
 
         Raises:
             OSError: a file cannot be read.
+            LfmError: what `on_file` raised.
         """
         self.allow(float("inf"))
         with self._changed:
@@ -75,7 +79,7 @@ class Hasher:
         try:
             while (file := self._next()) is not None:
                 self._hash(file)
-        except OSError as error:
+        except (OSError, LfmError) as error:
             self._error = error
 
     def _next(self) -> Path | None:

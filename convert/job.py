@@ -33,6 +33,7 @@ class Job:
         dtype: type of unquantised values, None to keep what ``torch_dtype`` of config.json or each tensor has.
         importance: by our name, where float32 weights of a matrix's columns are; None weighs all alike.
         shard_bytes: most bytes of tensors in one file.
+        found: how the recipe was found, for the record.
 
     Raises:
         ConversionError: the recipe quantises nothing of this model.
@@ -48,9 +49,11 @@ class Job:
         importance: Mapping[str, Segment] | None = None,
         piece_bytes: int | None = None,
         task_bytes: int = TASK_BYTES,
+        found: Mapping[str, Any] | None = None,
     ) -> None:
         self.source = source
         self.recipe = recipe
+        self.found = dict(found or {})
         self.dtype = target_dtype(source, dtype)
         self.calibration = _digest(importance)
         shapes = source.tensors
@@ -61,7 +64,7 @@ class Job:
         treatments = {
             name: Treatment(
                 how=how,
-                dtype=self._written_dtype(name),
+                dtype=written_dtype(source, dtype, name),
                 search=recipe.searches,
                 importance=(importance or {}).get(name) if how is not None else None,
             )
@@ -103,11 +106,6 @@ class Job:
                 digest.update(repr(fields).encode())
         return digest.hexdigest()
 
-    def _written_dtype(self, name: str) -> str:
-        if name.endswith("expert_bias"):
-            return "F32"  # it decides near-ties
-        return DTYPES[self.dtype] if self.dtype is not None else self.source.dtype(name)
-
     def _check_recipe(self) -> None:
         default = self.recipe.default
         if default is not None and not any(self.stored_as.values()):
@@ -121,6 +119,14 @@ def target_dtype(source: WeightSource, requested: str | None) -> str | None:
     """The type to cast to; None leaves each tensor its own, as mlx-lm does when config.json has no ``torch_dtype``."""
     name = requested or str(source.config.raw.get("torch_dtype")).removeprefix("torch.")
     return name if name in DTYPES else None
+
+
+def written_dtype(source: WeightSource, requested: str | None, name: str) -> str:
+    """The type, as safetensors spells it, of our tensor's values where they stay unquantised, or of affine scales."""
+    if name.endswith("expert_bias"):
+        return "F32"  # it decides near-ties
+    dtype = target_dtype(source, requested)
+    return DTYPES[dtype] if dtype is not None else source.dtype(name)
 
 
 def _planned(shapes: Mapping[str, Shape], treatments: Mapping[str, Treatment]) -> list[PlannedTensor]:
@@ -154,7 +160,7 @@ def values_in(config: ModelConfig) -> int:
 
 def describe(job: Job) -> dict[str, Any]:
     """The options of a job as JSON."""
-    return {"recipe": job.recipe.as_json(), "dtype": job.dtype, "calibration": job.calibration}
+    return {"recipe": job.recipe.as_json(), "dtype": job.dtype, "calibration": job.calibration, **job.found}
 
 
 def _digest(importance: Mapping[str, Segment] | None) -> str | None:

@@ -46,7 +46,7 @@ class Journal:
             ConversionError: it belongs to another conversion; the message says what differs.
         """
         journal = cls(folder)
-        first, *lines = journal._lines() or [{}]
+        first, *lines = journal.lines() or [{}]
         _check_same(first.get("conversion", {}), json.loads(json.dumps(identity)), folder)
         for line in lines:
             if "task" in line:
@@ -81,7 +81,8 @@ class Journal:
         finally:
             os.close(descriptor)
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines that are whole."""
         lines = []
         for text in self.file.read_text(encoding="utf-8").split("\n"):
             try:
@@ -91,6 +92,13 @@ class Journal:
             if isinstance(line, dict):
                 lines.append(line)
         return lines
+
+
+def conversion_in(folder: Path) -> dict[str, Any]:
+    """What the conversion in `folder` was described as when it was begun; empty where that cannot be read."""
+    journal = Journal(folder)
+    first = (journal.lines() or [{}])[0].get("conversion")
+    return first if isinstance(first, dict) else {}
 
 
 def has_progress(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from lfm_mlx.build import build_embedding, build_head, build_layer
 from lfm_mlx.cache import Span
 from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.load import compute_dtype
-from lfm_mlx.model import Block, Embedding, MoE
+from lfm_mlx.model import AnyLinear, Block, Embedding, MoE, Norm
 
 HEAD_TOKENS = 256
 """Tokens whose logits are computed at once."""
@@ -40,9 +40,13 @@ class Layerwise:
         """One layer."""
         return build_layer(self.config, self.checkpoint, self.dtype, index)
 
+    def head(self) -> tuple[Norm, AnyLinear | Embedding]:
+        """The final norm, and what turns its result into logits."""
+        return build_head(self.config, self.checkpoint, self.dtype)
+
     def logits(self, hidden: Sequence[mx.array]) -> Iterator[mx.array]:
         """For each sequence its logits (L, V) in float32, a few hundred tokens at a time: (at most 256, V)."""
-        norm, head = build_head(self.config, self.checkpoint, self.dtype)
+        norm, head = self.head()
         for x in hidden:
             for first in range(0, x.shape[1], HEAD_TOKENS):
                 normed = norm(x[:, first : first + HEAD_TOKENS])

@@ -26,7 +26,7 @@ def search_affine(
         rows: (..., in), any float type; `in` divides into groups.
         group_size: values that share scale and bias.
         bits: 2, 3, 4, 5, 6 or 8.
-        importance: float32 (in,), the weight of each column's squared error; None weighs all alike.
+        importance: float32 (in,) or (rows, in), the weight of each column's squared error; None weighs all alike.
 
     Returns:
         Packed values uint32, scales and biases in the type of `rows`, as `mx.quantize` returns them.
@@ -35,7 +35,7 @@ def search_affine(
     groups = rows.astype(mx.float32).reshape(-1, width // group_size, group_size)
     weights = None
     if importance is not None:
-        weights = importance.reshape(1, width // group_size, group_size)
+        weights = importance.reshape(-1, width // group_size, group_size)
         mean = weights.mean(axis=-1, keepdims=True)
         weights = mx.where(mean > 0, weights / mx.maximum(mean, 1e-30), 1.0)
     best = _from_mlx(groups, bits, rows.dtype, weights)

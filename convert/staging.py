@@ -47,12 +47,13 @@ def check_destination(source: Path, out: Path, *, force: bool) -> None:
         raise ConversionError(f"{out}: is not a model folder (no config.json), so it is not replaced; empty it first")
 
 
-def tidy(out: Path, *, keep_progress: bool = False) -> list[str]:
+def tidy(out: Path, *, keep_progress: bool = False, keep: Path | None = None) -> list[str]:
     """Remove what earlier, interrupted runs to `out` left beside it; put a replaced folder back if `out` is missing.
 
     Args:
         out: the destination.
         keep_progress: leave a folder that `staged` can go on with.
+        keep: a folder with downloads that is still good.
 
     Returns:
         One sentence for each thing done.
@@ -74,6 +75,10 @@ def tidy(out: Path, *, keep_progress: bool = False) -> list[str]:
             shutil.rmtree(partial)
         hint = " (--resume would have gone on with it)" if is_progress else ""
         notes.append(f"removed {partial}, left by an interrupted conversion{hint}")
+    for downloads in _beside(out, "download"):
+        if downloads != keep:
+            shutil.rmtree(downloads)
+            notes.append(f"removed {downloads}, downloaded for another conversion to {out}")
     for replaced in _beside(out, "replaced"):
         if out.exists():
             shutil.rmtree(replaced)
@@ -84,18 +89,33 @@ def tidy(out: Path, *, keep_progress: bool = False) -> list[str]:
     return notes
 
 
-def check_space(out: Path, needed_bytes: int) -> None:
-    """Refuse to start when the disk below `out` has fewer than `needed_bytes` free.
+def check_space(out: Path, needed_bytes: int, *, cache: Path | None = None, cache_bytes: int = 0) -> None:
+    """Refuse to start when the disk below `out` has fewer than `needed_bytes` free, or the one below `cache`.
+
+    Args:
+        out: the destination.
+        needed_bytes: for it, and for what lies beside it meanwhile.
+        cache: a folder that the source is downloaded to.
+        cache_bytes: bytes of what is downloaded there.
 
     Raises:
         ConversionError: the disk is too full; the message says how many bytes are free and needed.
     """
     existing = _nearest(out.parent)
+    if cache is not None and os.stat(cache).st_dev == os.stat(existing).st_dev:
+        needed_bytes += cache_bytes
+    elif cache is not None and shutil.disk_usage(cache).free < cache_bytes:
+        raise ConversionError(
+            f"{cache}: {shutil.disk_usage(cache).free:,} bytes free, expected {cache_bytes:,} for the source; free "
+            "some space, set HF_HOME to a larger disk, or let each file be deleted once it is converted "
+            "(--discard-source)"
+        )
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise ConversionError(
-            f"{existing}: {free_bytes:,} bytes free, expected {needed_bytes:,} for {out.name}; "
-            "free some space or name a destination on another disk"
+            f"{existing}: {free_bytes:,} bytes free, expected {needed_bytes:,} for {out.name}"
+            f"{' and its source' if cache_bytes else ''}; free some space or name a destination on another disk"
+            f"{', or let files be deleted once they are converted (--discard-source)' if cache_bytes else ''}"
         )
 
 

@@ -64,11 +64,16 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Pieces that one process does in one go; all are read from `file`."""
+    """Pieces that one process does in one go; all begin in `file`."""
 
     number: int
     file: Path
     pieces: tuple[Piece, ...]
+
+    @property
+    def files(self) -> set[Path]:
+        """All files that are read: a quantised source may have scales in another one than packed values."""
+        return {read.file for piece in self.pieces for read in piece.reads}
 
     @property
     def source_bytes(self) -> int:
@@ -84,6 +89,21 @@ class Treatment:
     dtype: str
     search: bool = False
     importance: Segment | None = None
+
+
+def row_piece(name: str, width: int, reads: Parts, stored: Quantization | None, dtype: str) -> Piece:
+    """Rows that are only looked at: nothing of them is written."""
+    return Piece(
+        name=name,
+        width=width,
+        reads=reads,
+        stored=stored,
+        how=None,
+        dtype=dtype,
+        search=False,
+        importance=None,
+        writes=(),
+    )
 
 
 def plan_tasks(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +28,16 @@ class Done:
     digest: str
 
 
-def do_tasks(tasks: Iterable[Task], folder: Path, num_workers: int) -> Iterator[Done]:
+def do_tasks(
+    tasks: Iterable[Task], folder: Path, num_workers: int, stop: Callable[[], None] = lambda: None
+) -> Iterator[Done]:
     """Do every task, each as soon as a worker is free; a task is taken from `tasks` only then.
 
     Args:
         tasks: what is to be done; it is iterated over in threads when there are several workers, never at once.
         folder: holds the output files, allocated already.
         num_workers: processes; 1 works in this one.
+        stop: called at the end, whatever it is; it must wake `tasks` if they wait for something.
 
     Raises:
         LfmError, OSError: what a task ended with.
@@ -63,6 +66,7 @@ def do_tasks(tasks: Iterable[Task], folder: Path, num_workers: int) -> Iterator[
                 yield result
     finally:
         shared.close()
+        stop()
         for worker in workers:
             worker.stop()
 

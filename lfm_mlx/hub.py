@@ -6,7 +6,6 @@ everywhere else. A file appears in the cache only when it is complete.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
@@ -16,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfm_mlx.errors import CheckpointError, DownloadError, OptionError
+from lfm_mlx.hub_repo import Repo
 
 _EXPECTED = "expected a folder with config.json or a repo id such as LiquidAI/LFM2.5-8B-A1B-MLX-4bit"
 _REPO_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("model*.safetensors", "weights*.safetensors")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model*.safetensors", "weights*.safetensors")
 _TEXTS = (
     "config.json",
     "generation_config.json",
@@ -40,9 +40,6 @@ _TEXTS = (
 _NOTES = ("README.md", "LICENSE*", "NOTICE*")
 # The hub's `*` also matches "/", so the folders that a pattern above would reach into are named here.
 _NESTED = ("model*/*", "weights*/*", "LICENSE*/*", "NOTICE*/*")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LATER = "try again later, or pass offline=True if it was downloaded before, or name a local folder"
-_TOKEN = "set HF_TOKEN or pass token="
 
 
 def fetch(
@@ -79,13 +76,36 @@ def fetch(
         if revision is not None:
             raise OptionError(f"revision is {revision!r}, but {folder} is a local folder; leave revision out")
         return _checkpoint_in(folder, inside, str(model))
+    repo, named = repo_named(model, revision=revision, subfolder=inside, token=token, offline=offline)
+    texts = fetch_texts(repo, named, with_index=weights)
+    if weights:
+        _get_weights(texts.repo, texts.subfolder, texts.folder)
+    return texts.folder
+
+
+def repo_named(
+    model: str | Path, *, revision: str | None, subfolder: str | None, token: str | None, offline: bool = False
+) -> tuple[Repo, str | None]:
+    """The repo that `model` names and the folder in it, if one is named; arguments as for `fetch`."""
+    from huggingface_hub import constants  # slow, see Repo.asked
+
     organisation, name, *rest = str(model).rstrip("/").split("/")
     validate_repo_id(f"{organisation}/{name}")
+    inside = None if subfolder is None else _check_subfolder(subfolder)
     named = _check_subfolder("/".join(rest)) if rest else None
     if named and inside and named != inside:
         raise OptionError(f"subfolder is {inside!r}, but {model} names {named!r}; leave one of them out")
-    repo = _Repo(id=f"{organisation}/{name}", revision=revision, token=token, offline=offline)
-    return _download(repo, named or inside, with_weights=weights)
+    is_offline = offline or constants.HF_HUB_OFFLINE
+    return Repo(id=f"{organisation}/{name}", revision=revision, token=token, offline=is_offline), named or inside
+
+
+def is_local(model: str | Path) -> bool:
+    """Whether `model` names a folder on this machine.
+
+    Raises:
+        CheckpointError: it names a file, or can be no repo id either.
+    """
+    return _local_folder(model) is not None
 
 
 def upload(folder: Path, repo_id: str, *, token: str | None = None) -> str:
@@ -102,18 +122,31 @@ def upload(folder: Path, repo_id: str, *, token: str | None = None) -> str:
     Raises:
         DownloadError: the hub refused, or was not reached.
     """
-    from huggingface_hub import HfApi  # half a second
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi  # slow, see Repo.asked
 
     validate_repo_id(repo_id)
-    repo = _Repo(id=repo_id, revision=None, token=token, offline=False)
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
-    try:
+    repo = Repo(id=repo_id, revision=None, token=token, offline=False)
+    with repo.asked(to_write=folder):
         api = HfApi(token=token)
         api.create_repo(repo_id, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Conversion by lfm_mlx"))
-    except (OSError, http_error, RuntimeError, ValueError) as error:
-        raise DownloadError(f"{repo_id}: not uploaded: {_explain(error, repo)}") from error
+    raise AssertionError  # `asked` lets no error pass
+
+
+def check_can_upload(repo_id: str) -> None:
+    """Refuse, before hours of work, an upload that cannot work: asks no network.
+
+    Raises:
+        CheckpointError: `repo_id` has another form than ``org/name``.
+        DownloadError: no token is known.
+    """
+    from huggingface_hub import get_token  # slow, see Repo.asked
+
+    validate_repo_id(repo_id)
+    if get_token() is None:
+        raise DownloadError(
+            f"{repo_id}: no token, expected one that may write to it; set HF_TOKEN, or run hf auth login"
+        )
 
 
 def validate_repo_id(repo_id: str) -> None:
@@ -181,89 +214,92 @@ def _checkpoint_in(folder: Path, subfolder: str | None, name: str) -> Path:
     return folder / found[0]
 
 
+def _get(repo: Repo, patterns: Iterable[str], *, nested: Iterable[str]) -> Path:
+    """The snapshot's folder, holding at least the files that match `patterns` and not `nested`."""
+    from huggingface_hub import snapshot_download  # slow, see Repo.asked
+
+    with repo.asked():
+        folder = snapshot_download(
+            repo.id,
+            revision=repo.revision,
+            token=repo.token,
+            local_files_only=repo.offline,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(nested),
+        )
+    return Path(folder)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Repo:
-    """A repo at a revision, and how to ask for it."""
+class Texts:
+    """The small files of a repo's checkpoint, which are here.
 
-    id: str
-    revision: str | None
-    token: str | None
-    offline: bool
+    Args:
+        repo: the repo, its revision the commit they are of.
+        folder: where config.json is, in huggingface_hub's cache.
+        subfolder: the same folder within the repo; None is its root.
+    """
 
-    def get(self, patterns: Iterable[str], *, nested: Iterable[str]) -> Path:
-        """The snapshot's folder, holding at least the files that match `patterns` and not `nested`."""
-        # Half a second, and a local folder does not need it.
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        # The base of every transport error: httpx's in huggingface_hub 1.x, httpx2's in 2.x.
-        http_error: type[Exception] = HfHubHTTPError.__bases__[0]
-        try:
-            folder = snapshot_download(
-                self.id,
-                revision=self.revision,
-                token=self.token,
-                local_files_only=self.offline,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(nested),
-            )
-        # ValueError: an answer that is no JSON (a captive portal); RuntimeError: what hf_xet raises.
-        except (OSError, http_error, RuntimeError, ValueError) as error:
-            raise DownloadError(f"{self.id}: {_explain(error, self)}") from error
-        return Path(folder)
+    repo: Repo
+    folder: Path
+    subfolder: str | None
 
 
-def _download(repo: _Repo, subfolder: str | None, *, with_weights: bool) -> Path:
-    """Small files first: they tell which folder and which shards are wanted."""
-    from huggingface_hub import constants  # slow, see _Repo.get
+def fetch_texts(repo: Repo, subfolder: str | None, *, with_index: bool) -> Texts:
+    """Download all but the weights: they tell which folder and which shards are wanted.
 
-    repo = replace(repo, offline=repo.offline or constants.HF_HUB_OFFLINE)
-    snapshot = _get_texts(repo, subfolder, with_index=with_weights)
+    Raises:
+        CheckpointError, DownloadError: as `fetch`.
+    """
+    snapshot = _get_texts(repo, subfolder, with_index=with_index)
     # The branch may move between two requests; the commit does not.
     repo = replace(repo, revision=snapshot.name)
     folder = snapshot / subfolder if subfolder else snapshot
     if not (folder / "config.json").is_file():
-        repo.get(["*/config.json"], nested=["*/*/*"])
+        _get(repo, ["*/config.json"], nested=["*/*/*"])
         folder = _checkpoint_in(snapshot, subfolder, repo.id)
         subfolder = folder.name
-        _get_texts(repo, subfolder, with_index=with_weights)
-    if with_weights:
-        _get_weights(repo, subfolder, folder)
-    return folder
+        _get_texts(repo, subfolder, with_index=with_index)
+    return Texts(repo=repo, folder=folder, subfolder=subfolder)
 
 
-def _get_texts(repo: _Repo, subfolder: str | None, *, with_index: bool) -> Path:
-    names = [*_TEXTS, _INDEX] if with_index else [*_TEXTS]
+def _get_texts(repo: Repo, subfolder: str | None, *, with_index: bool) -> Path:
+    names = [*_TEXTS, INDEX] if with_index else [*_TEXTS]
     if not repo.offline:
         # Not asked for offline: another program may have cached the repo without them, and it works just the same.
         names += _NOTES
-    return repo.get(_below(subfolder, names), nested=_below(subfolder, _NESTED))
+    return _get(repo, _below(subfolder, names), nested=_below(subfolder, _NESTED))
 
 
-def _get_weights(repo: _Repo, subfolder: str | None, folder: Path) -> None:
+def _get_weights(repo: Repo, subfolder: str | None, folder: Path) -> None:
     nested = _below(subfolder, _NESTED)
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
-        shards = _shards(index)
-        repo.get(_below(subfolder, map(glob.escape, shards)), nested=[])
+        shards = shards_of(index)
+        _get(repo, _below(subfolder, map(glob.escape, shards)), nested=[])
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise DownloadError(
-                f"{repo.id}: {', '.join(missing)} cannot be had, but {_INDEX} names it; expected every shard; "
+                f"{repo.id}: {', '.join(missing)} cannot be had, but {INDEX} names it; expected every shard; "
                 f"{'go online once' if repo.offline else 'the repo is incomplete, try another revision'}"
             )
         return
-    for pattern in _WEIGHTS:
-        repo.get(_below(subfolder, [pattern]), nested=nested)
+    for pattern in WEIGHTS:
+        _get(repo, _below(subfolder, [pattern]), nested=nested)
         if any(folder.glob(pattern)):
             return
     raise DownloadError(
-        f"{repo.id}: no weights, expected model.safetensors or shards with {_INDEX}; "
+        f"{repo.id}: no weights, expected model.safetensors or shards with {INDEX}; "
         f"{'go online once' if repo.offline else 'name another repo (GGUF and ONNX files cannot be used)'}"
     )
 
 
-def _shards(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
+    """The files of weights that an index names.
+
+    Raises:
+        CheckpointError: it has no usable weight_map.
+    """
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -273,55 +309,3 @@ def _shards(index: Path) -> list[str]:
 def _below(subfolder: str | None, patterns: Iterable[str]) -> list[str]:
     prefix = f"{glob.escape(subfolder)}/" if subfolder else ""
     return [prefix + pattern for pattern in patterns]
-
-
-def _explain(error: BaseException, repo: _Repo) -> str:
-    """What went wrong, what was expected and what to do, in one line."""
-    from huggingface_hub import constants, errors  # slow, see _Repo.get
-
-    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if isinstance(error, errors.LocalEntryNotFoundError) and not repo.offline and error.__cause__ is not None:
-        return _explain(error.__cause__, repo)
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return (
-            f"not complete in {cache}, and offline; expected an earlier download of the same revision and subfolder; "
-            "run it once online (without offline=True and HF_HUB_OFFLINE=1), or name a local folder"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return (
-            f"no revision {repo.revision!r} (HTTP {error.response.status_code}); expected a branch, tag or commit of "
-            f"{hub}/{repo.id}; leave revision out for the main branch"
-        )
-    if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error, repo, hub)
-    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or "No space left" in told:
-        return f"no room in {cache} ({told}); expected room for the weights; free some, or set HF_HOME to a larger disk"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot write the cache ({told}); expected {cache} to be writable; fix its permissions or set HF_HOME"
-    if isinstance(error, errors.HfHubHTTPError.__bases__[0] | ConnectionError):
-        return f"no connection to {hub} ({told}); expected the hub, or a mirror in HF_ENDPOINT; {_LATER}"
-    return f"the download from {hub} broke off ({told}); expected complete files; run it again, finished files are kept"
-
-
-def _explain_status(error: Exception, repo: _Repo, hub: str) -> str:
-    """The answers of a hub that was reached."""
-    from huggingface_hub import errors  # slow, see _Repo.get
-
-    assert isinstance(error, errors.HfHubHTTPError)
-    status, page = error.response.status_code, f"{hub}/{repo.id}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"gated (HTTP {status}); expected an account that accepted its licence; accept it at {page} and {_TOKEN}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"not found at {hub}, or private (HTTP {status}), and no such folder here; expected a repo that can be "
-            f"read; check the spelling; if it is private or gated, accept its licence at {page} and {_TOKEN}"
-        )
-    if status in (401, 403):
-        return (
-            f"access refused (HTTP {status}); expected a token that may read it; check the spelling, look at {page}, "
-            f"then {_TOKEN}"
-        )
-    if status == 429:
-        return f"too many requests (HTTP {status}); expected fewer; wait some minutes, or {_TOKEN} for a higher limit"
-    return f"{hub} answered HTTP {status}; expected the repo's files; {_LATER}"

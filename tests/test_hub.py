@@ -3,27 +3,23 @@
 The client reads its settings when it is imported, so fetches run in other processes.
 """
 
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
-import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import COMMITS, Hub
 
 from lfm_mlx.errors import CheckpointError, OptionError
 from lfm_mlx.hub import fetch, validate_repo_id
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 SECRET = "hf_the_secret_of_this_test"
 
 PLAIN = {
@@ -56,130 +52,6 @@ SHARDED = {
     "model.safetensors": b"the same weights again, in one file",
 }
 PRECISIONS = {f"{folder}/{name}": data for folder in ("8bit", "4bit", "bf16") for name, data in PLAIN.items()}
-
-
-@dataclass
-class Repo:
-    """What the hub holds under one name, and how it answers."""
-
-    files: dict[str, bytes]
-    token: str | None = None
-    status: int | None = None
-    error_code: str | None = None
-    page: bytes | None = None
-    stalled_file: str | None = None
-    stalled: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)
-
-
-class Hub:
-    """A hub on this machine; `requests` is its log."""
-
-    def __init__(self) -> None:
-        self.repos: dict[str, Repo] = {}
-        self.requests: list[Request] = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"served": self}))
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def stop(self) -> None:
-        for repo in self.repos.values():
-            repo.released.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-    def add(self, files: dict[str, bytes], **answers: Any) -> str:
-        """The id of a new repo, unknown to every cache."""
-        name = f"org/repo{len(self.repos)}"
-        self.repos[name] = Repo(files, **answers)
-        return name
-
-    def asked(self, name: str) -> "list[Request]":
-        return [request for request in self.requests if f"/{name}/" in request.path]
-
-    def downloaded(self, name: str) -> set[str]:
-        """The files of a repo whose content was asked for."""
-        paths = (request.path for request in self.asked(name) if request.method == "GET")
-        return {match[1] for path in paths if (match := re.search(r"/resolve/[^/]+/(.*)", path))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    method: str
-    path: str
-    authorization: str | None
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    served: Hub
-
-    def do_GET(self) -> None:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        authorization = self.headers.get("Authorization")
-        self.served.requests.append(Request(method=self.command, path=path, authorization=authorization))
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        match = api or file
-        repo = self.served.repos.get(match[1]) if match else None
-        if match is None or repo is None:
-            self._answer(404, {"X-Error-Code": "RepoNotFound"})
-        elif repo.page is not None:
-            self._answer(200, {"Content-Type": "text/html"}, repo.page)
-        elif repo.status is not None:
-            self._answer(repo.status, {"X-Error-Code": repo.error_code} if repo.error_code else {})
-        elif repo.token is not None and authorization != f"Bearer {repo.token}":
-            self._answer(401, {"X-Error-Code": "GatedRepo"})
-        elif (commit := _commit(match[3] if api else match[2])) is None:
-            self._answer(404, {"X-Error-Code": "RevisionNotFound"})
-        elif api:
-            self._answer(200, {}, _tree(repo) if match[2] == "tree" else _info(repo, match[1], commit))
-        elif match[3] not in repo.files:
-            self._answer(404, {"X-Error-Code": "EntryNotFound"})
-        else:
-            self._file(repo, commit, match[3])
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def _file(self, repo: Repo, commit: str, path: str) -> None:
-        data = repo.files[path]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
-        if path != repo.stalled_file or self.command == "HEAD" or repo.released.is_set():
-            self._answer(200, headers, data)
-            return
-        self._answer(200, headers, data, sent_len=len(data) // 2)
-        repo.stalled.set()
-        repo.released.wait(30)
-        self.close_connection = True
-
-    def _answer(self, status: int, headers: dict[str, str], data: bytes = b"", *, sent_len: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[:sent_len])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def _commit(revision: str) -> str | None:
-    return COMMITS.get(revision, revision if revision in COMMITS.values() else None)
-
-
-def _info(repo: Repo, name: str, commit: str) -> bytes:
-    return json.dumps({"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in repo.files]}).encode()
-
-
-def _tree(repo: Repo) -> bytes:
-    files = (
-        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-        for path, data in repo.files.items()
-    )
-    return json.dumps(list(files)).encode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ TAILS = ("normal", "heavy")
 _HF_MATRICES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _CHUNK = 1 << 24
 _LEVELS = 1 << 16
+_WORDS = 1024
+"""Words of the tokenizer, at most."""
 
 
 def write_synthetic(shapes: str, out: Path, *, num_shards: int = 4, tails: str = "normal", seed: int = 0) -> int:
@@ -63,7 +65,9 @@ def write_synthetic(shapes: str, out: Path, *, num_shards: int = 4, tails: str =
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     (out / "config.json").write_text(json.dumps(_config(shapes, config), indent=2))
-    _write_tokenizer(out)
+    words = min(config.vocab_size, _WORDS)
+    _write_tokenizer(out, words)
+    _write_evaluation(out, words, seed)
     return total
 
 
@@ -151,9 +155,9 @@ def _config(shapes: str, config: ModelConfig) -> dict[str, Any]:
     return {**raw, **ids, "architectures": [kind], "layer_types": list(config.layer_types), "torch_dtype": "bfloat16"}
 
 
-def _write_tokenizer(out: Path) -> None:
+def _write_tokenizer(out: Path, num_words: int) -> None:
     """A tokenizer of a few words: other converters do not work without one."""
-    words = {f"t{i}": i for i in range(16)}
+    words = {f"t{i}": i for i in range(num_words)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "t0"}
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     tokenizer: dict[str, Any] = {
@@ -166,3 +170,10 @@ def _write_tokenizer(out: Path) -> None:
     (out / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t2", "bos_token": "t1"}
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _write_evaluation(out: Path, num_words: int, seed: int) -> None:
+    """Texts of random words, for ``python -m lfm_mlx.convert report --evaluation``."""
+    random = np.random.default_rng(seed)
+    texts = [" ".join(f"t{i}" for i in random.integers(num_words, size=256)) for _ in range(4)]
+    (out / "evaluation.json").write_text(json.dumps({"texts": [{"text": text} for text in texts]}))

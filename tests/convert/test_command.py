@@ -12,7 +12,7 @@ from lfm_mlx.terminal import run as run_command
 
 PAUSED = """
 import time
-from lfm_mlx.convert import conversion
+from lfm_mlx.convert import attempt
 from lfm_mlx.convert.__main__ import command
 from lfm_mlx.terminal import run
 
@@ -20,7 +20,7 @@ def pause(*arguments):
     print("written", flush=True)
     time.sleep(60)
 
-conversion.write_index = pause
+attempt.write_index = pause
 run(command, "convert")
 """
 EARLY = PAUSED.replace("write_index", "allocate")

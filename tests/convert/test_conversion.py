@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.convert import conversion, convert, uniform_recipe, verify
+from lfm_mlx.convert import attempt, convert, uniform_recipe, verify
 from lfm_mlx.errors import CheckpointError, ConversionError, OptionError
 
 RECIPES = {
@@ -236,7 +236,7 @@ def test_failed_replacement_keeps_the_old_folder(sources, tmp_path, monkeypatch)
     def fail(folder, planned):
         raise CheckpointError("made up")
 
-    monkeypatch.setattr(conversion, "verify", fail)
+    monkeypatch.setattr(attempt, "verify", fail)
     with pytest.raises(CheckpointError, match="made up"):
         convert(sources["moe"], out, recipe="8bit", force=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

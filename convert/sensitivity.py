@@ -1,0 +1,240 @@
+"""How much a model's predictions suffer from noise in each matrix, found by passing back through it once.
+
+Noise of mean square n in what a matrix gives for a token moves the predictions by a Kullback-Leibler divergence of
+about n |g|^2 / 2, where g is the gradient of a token's log-probability, that token drawn from the model's own
+prediction (the Fisher information). Layers stream past twice, forwards and backwards; one of them is in memory at a
+time, beside what each layer got as input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from lfm_mlx.kernels import KERNELS_VARIABLE, Routing
+from lfm_mlx.model import Block, Embedding, MoE
+from lfm_mlx.names import EMBEDDING, HEAD, expected_tensors
+
+from .calibration import listen, token_sequences
+from .layerwise import HEAD_TOKENS, Layerwise, step_through
+
+MAX_TOKENS = 2048
+"""Tokens that are passed back; what layers got as input is kept for so many."""
+
+_PRIOR_TOKENS = 8.0
+"""An expert that saw few tokens leans on the mean of all experts as if it had seen so many with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """How noise in a matrix is weighed: the divergence is half the sum over experts of gain x mean noise of a row.
+
+    Args:
+        gain: float32 (experts,), one for a matrix that is alone: the mean square of the output's gradient, summed over
+            the output, in a token.
+        columns: float32 (experts, in): the mean square of each input.
+    """
+
+    gain: mx.array
+    columns: mx.array
+
+
+def measure_sensitivity(source: Path, text: str) -> dict[str, tuple[Sensitivity, ...]]:
+    """Pass a text forwards and back.
+
+    Args:
+        source: an unquantised checkpoint with a tokenizer.
+        text: what the model is to be good at; `MAX_TOKENS` of it are used.
+
+    Returns:
+        By our tensor's name what its noise does, in each place where the matrix is used.
+
+    Raises:
+        OptionError: the text is too short.
+    """
+    model = Layerwise(source)
+    sequences = _first(token_sequences(model, source, text), MAX_TOKENS)
+    num_tokens = sum(map(len, sequences))
+    inputs = [model.embed(sequences)]
+    found: dict[str, tuple[Sensitivity, ...]] = {}
+    with _stock_operations():
+        for index in range(model.config.num_layers):
+            block = model.layer(index)
+            inputs.append([step_through(block, x).hidden for x in inputs[-1]])
+            mx.eval(inputs[-1])
+            del block
+            mx.clear_cache()
+        head, gradients = _pass_head(model, inputs.pop(), num_tokens)
+        for index in reversed(range(model.config.num_layers)):
+            measured, gradients = _pass_layer(model, index, inputs.pop(), gradients, num_tokens)
+            found |= measured
+    squares = sum((mx.square(g.astype(mx.float32)).sum(axis=(0, 1)) for g in gradients), mx.array(0.0)) / num_tokens
+    # Every row of the table stands for itself: a token's noise is its own row's.
+    looked_up = Sensitivity(gain=mx.array([1.0]), columns=squares[None])
+    found[EMBEDDING] = (looked_up, head) if model.config.tie_embeddings else (looked_up,)
+    if not model.config.tie_embeddings:
+        found[HEAD] = (head,)
+    mx.eval([(each.gain, each.columns) for places in found.values() for each in places])
+    return found
+
+
+def _first(sequences: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    kept: list[list[int]] = []
+    for ids in sequences:
+        if kept and sum(map(len, kept)) + len(ids) > num_tokens:
+            break
+        kept.append(ids)
+    return kept
+
+
+@contextlib.contextmanager
+def _stock_operations() -> Iterator[None]:
+    """Without the fused kernels, which cannot be passed back through."""
+    before = os.environ.get(KERNELS_VARIABLE)
+    os.environ[KERNELS_VARIABLE] = "off"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KERNELS_VARIABLE]
+        else:
+            os.environ[KERNELS_VARIABLE] = before
+
+
+def _pass_head(model: Layerwise, hidden: Sequence[mx.array], num_tokens: int) -> tuple[Sensitivity, list[mx.array]]:
+    """The head's sensitivity, and the gradient of a drawn token's log-probability by `hidden`, of the same shapes."""
+    norm, head = model.head()
+    key = mx.random.key(0)
+    spread, squares = mx.array(0.0), mx.array(0.0)
+    gradients = []
+    for x in hidden:
+        parts = []
+        for first in range(0, x.shape[1], HEAD_TOKENS):
+            key, now = mx.random.split(key)
+            normed, back = _with_vjp(norm, x[:, first : first + HEAD_TOKENS])
+            logits, back_to_norm = _with_vjp(head.as_linear if isinstance(head, Embedding) else head, normed)
+            likely = mx.softmax(logits.astype(mx.float32), axis=-1)
+            drawn = mx.random.categorical(logits.astype(mx.float32), key=now)
+            one_hot = mx.arange(likely.shape[-1]) == drawn[..., None]
+            parts.append(back(back_to_norm((one_hot - likely).astype(logits.dtype))))
+            spread = spread + (likely * (1 - likely)).sum()
+            squares = squares + mx.square(normed.astype(mx.float32)).sum(axis=(0, 1))
+            mx.eval(parts, spread, squares)
+        gradients.append(mx.concatenate(parts, axis=1))
+    mx.eval(gradients)
+    return Sensitivity(gain=(spread / num_tokens)[None], columns=(squares / num_tokens)[None]), gradients
+
+
+def _with_vjp(function: Any, x: mx.array) -> tuple[mx.array, Any]:
+    """The value at `x`, and what takes a gradient by the value to one by `x`."""
+    value = function(x)
+    return value, lambda gradient: mx.vjp(function, [x], [gradient])[1][0]
+
+
+def _pass_layer(
+    model: Layerwise, index: int, inputs: Sequence[mx.array], gradients: Sequence[mx.array], num_tokens: int
+) -> tuple[dict[str, tuple[Sensitivity, ...]], list[mx.array]]:
+    """The sensitivity of a layer's matrices, and the gradients by its inputs."""
+    block = model.layer(index)
+    probes = listen(block, f"model.layers.{index}", model.config, _Probe)
+    passed = []
+    for x, gradient in zip(inputs, gradients, strict=True):
+        passed.append(_pass_back(block, [probe for probe, _ in probes], x, gradient))
+        mx.eval(passed[-1])
+        mx.clear_cache()
+    shapes = expected_tensors(model.config)
+    measured: dict[str, tuple[Sensitivity, ...]] = {}
+    for probe, names in probes:
+        found = probe.sensitivities([shapes[name][-2] for name in names], num_tokens)
+        measured |= {name: (each,) for name, each in zip(names, found, strict=True)}
+    return measured, passed
+
+
+def _pass_back(block: Block, probes: Sequence[_Probe], x: mx.array, gradient: mx.array) -> mx.array:
+    with _fixed_experts(block, step_through(block, x).experts):
+        return _vjp(block, probes, x, gradient)
+
+
+@contextlib.contextmanager
+def _fixed_experts(block: Block, chosen: mx.array | None) -> Iterator[None]:
+    """The choice of experts is no function that has a gradient: within the block it is what it was."""
+    feed_forward = block.feed_forward
+    if not isinstance(feed_forward, MoE):
+        yield
+        return
+    assert chosen is not None
+    experts = chosen.astype(mx.uint32)
+    mx.eval(experts)
+
+    def route(tokens: mx.array) -> Routing:
+        return Routing(experts, mx.take_along_axis(feed_forward.gate(tokens), experts, axis=-1), False)
+
+    usual = feed_forward.route
+    object.__setattr__(feed_forward, "route", route)
+    try:
+        yield
+    finally:
+        object.__setattr__(feed_forward, "route", usual)
+
+
+def _vjp(block: Block, probes: Sequence[_Probe], x: mx.array, gradient: mx.array) -> mx.array:
+    step_through(block, x)  # tells the probes their shapes; nothing of it is computed
+
+    def run(x: mx.array, *shifts: mx.array) -> list[mx.array]:
+        for probe, shift in zip(probes, shifts, strict=True):
+            probe.shift = shift
+        hidden = step_through(block, x).hidden
+        return [hidden, *(probe.x for probe in probes)]
+
+    shifts = [mx.zeros(probe.shape, x.dtype) for probe in probes]
+    still = [mx.zeros_like(probe.x) for probe in probes]
+    outputs, (by_input, *by_output) = mx.vjp(run, [x, *shifts], [gradient, *still])
+    for probe, seen, found in zip(probes, outputs[1:], by_output, strict=True):
+        probe.add(seen, found)
+        probe.shift = None
+    return by_input
+
+
+class _Probe:
+    """A matrix that remembers the squares of its inputs and of the gradients by its outputs."""
+
+    def __init__(self, inner: Any, num_experts: int) -> None:
+        self.inner = inner
+        self.num_experts = num_experts
+        self.shift: mx.array | None = None
+        self.totals: list[mx.array] | None = None
+        self.counts = mx.zeros((max(1, num_experts),))
+
+    def __call__(self, x: mx.array, experts: mx.array | None = None, *rest: Any, **named: Any) -> mx.array:
+        made: mx.array = self.inner(x) if experts is None else self.inner(x, experts, *rest, **named)
+        self.x, self.experts, self.shape = x, experts, made.shape
+        return made if self.shift is None else made + self.shift
+
+    def add(self, x: mx.array, gradient: mx.array) -> None:
+        """Take in a sequence."""
+        squares = [mx.square(array.astype(mx.float32)).reshape(-1, array.shape[-1]) for array in (x, gradient)]
+        rows = mx.zeros((len(squares[0]),), mx.uint32) if self.experts is None else self.experts.flatten()
+        if self.totals is None:
+            self.totals = [mx.zeros((max(1, self.num_experts), array.shape[-1])) for array in squares]
+        self.totals = [total.at[rows].add(array) for total, array in zip(self.totals, squares, strict=True)]
+        self.counts = self.counts.at[rows].add(1.0)
+        mx.eval(self.totals, self.counts)
+
+    def sensitivities(self, heights: Sequence[int], num_tokens: int) -> list[Sensitivity]:
+        """One for each of the matrices of so many rows that lie in this one."""
+        assert self.totals is not None
+        inputs, outputs = self.totals
+        prior = _PRIOR_TOKENS if self.num_experts else 0.0
+        weights, all_rows = self.counts + prior, mx.maximum(self.counts.sum(), 1.0)
+        columns = (inputs + prior * inputs.sum(axis=0) / all_rows) / weights[:, None]
+        gains = (outputs + prior * outputs.sum(axis=0) / all_rows) * (all_rows / weights.sum()) / num_tokens
+        ends = list(itertools.accumulate(heights))
+        parts = [gains[:, end - height : end] for end, height in zip(ends, heights, strict=True)]
+        return [Sensitivity(gain=part.sum(axis=-1), columns=columns) for part in parts]
