@@ -12,8 +12,8 @@ from lfm_mlx.config import Quantization
 from lfm_mlx.errors import OptionError
 from lfm_mlx.names import is_matrix
 
-from .noise import Costs, choices_for, measure_costs
 from .recipes import Recipe, Rule
+from .rounding_cost import Costs, choices_for, measure_costs
 from .segments import WeightSource
 from .sensitivity import Sensitivity
 from .write import plan_tensors

@@ -18,36 +18,35 @@ from lfm_mlx.convert.manifest import check_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-FULL_DISK = """
-import shutil
-from lfm_mlx.convert import staging
+SESSION = """
+import contextlib, io, json, os, shutil, sys
+from lfm_mlx.convert import remote, staging
 from lfm_mlx.convert.__main__ import command
-from lfm_mlx.terminal import run
-
-usage = shutil.disk_usage(".")
-staging.shutil.disk_usage = lambda path: usage._replace(free=1000)
-run(command, "convert")
-"""
-WATCHED = """
-import sys, threading
-from pathlib import Path
-from lfm_mlx.convert.__main__ import command
-from lfm_mlx.convert import remote
 from lfm_mlx.terminal import run
 
 seen = []
-begin = remote.RemoteFeed._fetch
+fetch = remote.RemoteFeed._fetch
 
-def fetch(self, file):
-    begin(self, file)
-    here = [each.name for each in self.folder.iterdir() if not each.is_symlink()]
-    seen.append(len(here))
+def watched(self, file):
+    fetch(self, file)
+    seen.append(sum(not each.is_symlink() for each in self.folder.iterdir()))
 
-remote.RemoteFeed._fetch = fetch
-try:
-    run(command, "convert")
-finally:
-    print("most files at once:", max(seen, default=0), file=sys.stderr)
+remote.RemoteFeed._fetch = watched
+usage = shutil.disk_usage
+for line in sys.stdin:
+    arguments, environment, free = json.loads(line)
+    seen.clear()
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update(environment)
+    staging.shutil.disk_usage = usage if free is None else lambda path: usage(path)._replace(free=free)
+    sys.argv = ["convert", *arguments]
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        try:
+            run(command, "convert")
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([code, output.getvalue(), error.getvalue(), max(seen, default=0)]), flush=True)
 """
 
 
@@ -70,87 +69,97 @@ def local(sources, tmp_path_factory):
     return convert(sources["moe"], tmp_path_factory.mktemp("local") / "out", task_bytes=20_000).folder
 
 
-@pytest.fixture
-def command(hub, tmp_path):
-    """Starts the command in another process, with a cache of its own."""
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """What processes take for the user's folder."""
+    return tmp_path_factory.mktemp("home")
 
-    def start(*flags, program=None, **environment):
+
+@pytest.fixture(scope="module")
+def start(hub, home):
+    """Starts Python with the hub's address and a cache of its own; the client reads both when it is imported."""
+
+    def call(*arguments):
         kept = {name: value for name, value in os.environ.items() if not re.match("(?i)hf_|.*proxy", name)}
         settings = {
-            "HOME": str(tmp_path / "home"),
-            "HF_HOME": str(tmp_path / "hf"),
+            "HOME": str(home),
+            "HF_HOME": str(home / "hf"),
             "HF_ENDPOINT": hub.address,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        module = ["-m", "lfm_mlx.convert"] if program is None else ["-c", program]
-        arguments = [sys.executable, *module, *map(str, flags)]
-        arguments += [] if flags[0] == "upload" else ["--quiet"]
-        return subprocess.Popen(
-            arguments,
-            env=kept | settings | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.Popen(command, env=kept | settings, text=True, cwd=ROOT, **pipes)
 
-    return start
+    return call
 
 
-def finish(process):
-    output, error = process.communicate(timeout=120)
-    return process.returncode, output, error
+@pytest.fixture(scope="module")
+def session(start):
+    """Runs commands in another process, which imports everything once: exit code, output, error, files at once."""
+    process = start("-c", SESSION)
+
+    def call(*flags, free=None, **environment):
+        quiet = [] if flags[0] == "upload" else ["--quiet"]
+        process.stdin.write(json.dumps([[*map(str, flags), *quiet], environment, free]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, process.stderr.read()
+        return tuple(json.loads(answer))
+
+    yield call
+    process.stdin.close()
+    process.wait(60)
+    for pipe in (process.stdout, process.stderr):
+        pipe.close()
 
 
 def weights_of(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-def cached(tmp_path):
-    return {path.name for path in (tmp_path / "hf").rglob("*.safetensors")}
+def cached(home, repo):
+    return {path.name for path in home.glob(f"hf/hub/models--{repo.replace('/', '--')}/snapshots/*/*.safetensors")}
 
 
-def test_a_repo_is_converted_file_by_file_and_stays_in_the_cache(hub, files, local, command, tmp_path):
+def test_a_repo_is_converted_file_by_file_and_stays_in_the_cache(hub, files, local, session, home, tmp_path):
     repo = hub.add(files)
-    code, _, error = finish(command("--model", repo, "--out", tmp_path / "out"))
+    code, _, error, _ = session("--model", repo, "--out", tmp_path / "out")
     assert code == 0, error
     assert weights_of(tmp_path / "out") == weights_of(local)
     assert check_manifest(tmp_path / "out") > 0
     manifest, expected = (json.loads((each / "manifest.json").read_text()) for each in (tmp_path / "out", local))
     assert manifest["source"] == expected["source"]
-    assert cached(tmp_path) == set(SHARDS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert cached(home, repo) == set(SHARDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     headers = [request for request in hub.asked(repo) if request.range == "bytes=0-131071"]
     assert len(headers) == len(SHARDS)
     assert repo in (tmp_path / "out" / "README.md").read_text()
     hub.requests.clear()
-    code, _, error = finish(command("--model", repo, "--out", tmp_path / "again", "--discard-source"))
+    code, _, error, _ = session("--model", repo, "--out", tmp_path / "again", "--discard-source")
     assert code == 0, error
     assert weights_of(tmp_path / "again") == weights_of(local)
-    assert cached(tmp_path) == set(SHARDS)
+    assert cached(home, repo) == set(SHARDS)
     assert not hub.downloaded(repo) & set(SHARDS)
 
 
-def test_discarded_files_are_at_most_two_at_once_and_none_is_left(hub, files, local, command, tmp_path):
+def test_discarded_files_are_at_most_two_at_once_and_none_is_left(hub, files, local, session, home, tmp_path):
     repo = hub.add(files)
-    code, _, error = finish(
-        command("--model", repo, "--out", tmp_path / "out", "--discard-source", "--jobs", "1", program=WATCHED)
-    )
+    code, _, error, most = session("--model", repo, "--out", tmp_path / "out", "--discard-source", "--jobs", "1")
     assert code == 0, error
-    most = re.search(r"most files at once: (\d)", error)
-    assert most is not None
-    assert most[1] in "12"
+    assert most in (1, 2)
     assert weights_of(tmp_path / "out") == weights_of(local)
-    assert not cached(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert not cached(home, repo)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]) == len(files)
 
 
-def begun(command, hub, repo, tmp_path):
+def begun(start, hub, repo, tmp_path):
     """A conversion that was killed while it downloaded the second file, the first one converted and deleted."""
-    process = command("--model", repo, "--out", tmp_path / "out", "--discard-source", "--jobs", "1")
+    flags = ("--model", repo, "--out", tmp_path / "out", "--discard-source", "--jobs", "1", "--quiet")
+    process = start("-m", "lfm_mlx.convert", *flags)
     try:
         assert hub.repos[repo].stalled.wait(60), process.stderr.read()
         deadline = time.monotonic() + 60
@@ -167,50 +176,50 @@ def begun(command, hub, repo, tmp_path):
     hub.requests.clear()
 
 
-def test_a_killed_download_goes_on_and_what_was_converted_is_not_downloaded_again(hub, files, local, command, tmp_path):
+def test_a_killed_download_goes_on_and_what_was_converted_stays(start, hub, files, local, session, tmp_path):
     repo = hub.add(files, stalled_file=SHARDS[1])
-    begun(command, hub, repo, tmp_path)
-    code, _, error = finish(command("--model", repo, "--out", tmp_path / "out", "--discard-source", "--resume"))
+    begun(start, hub, repo, tmp_path)
+    code, _, error, _ = session("--model", repo, "--out", tmp_path / "out", "--discard-source", "--resume")
     assert code == 0, error
     assert weights_of(tmp_path / "out") == weights_of(local)
     assert SHARDS[0] not in hub.downloaded(repo)
     again = [each.range for each in hub.asked(repo) if each.method == "GET" and each.path.endswith(SHARDS[1])]
     assert [re.fullmatch(r"bytes=[1-9]\d*-", each or "") is not None for each in again] == [True]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_file_that_was_changed_at_the_hub_meanwhile_is_named(hub, files, local, command, tmp_path):
+def test_a_file_that_was_changed_at_the_hub_meanwhile_is_named(start, hub, files, local, session, tmp_path):
     repo = hub.add(dict(files), stalled_file=SHARDS[1])
-    begun(command, hub, repo, tmp_path)
+    begun(start, hub, repo, tmp_path)
     changed = hub.repos[repo]
     changed.main = "c" * 40
     changed.files[SHARDS[2]] = changed.files[SHARDS[2]][:-1] + b"x"
     flags = ("--model", repo, "--out", tmp_path / "out", "--discard-source")
-    code, _, error = finish(command(*flags, "--resume"))
+    code, _, error, _ = session(*flags, "--resume")
     assert code == 1
     assert f"the source has changed since this conversion was interrupted ({SHARDS[2]})" in error
     assert "start again without --resume" in error
     changed.files[SHARDS[2]] = files[SHARDS[2]]
-    code, _, error = finish(command(*flags, "--resume"))
+    code, _, error, _ = session(*flags, "--resume")
     assert code == 0, error
     assert weights_of(tmp_path / "out") == weights_of(local)
 
 
-def test_a_file_that_was_damaged_on_its_way_is_found_and_nothing_looks_finished(hub, files, command, tmp_path):
+def test_a_file_that_was_damaged_on_its_way_is_found_and_nothing_looks_finished(hub, files, session, tmp_path):
     repo = hub.add(files, damaged_file=SHARDS[1])
-    code, _, error = finish(command("--model", repo, "--out", tmp_path / "out", "--discard-source"))
+    code, _, error, _ = session("--model", repo, "--out", tmp_path / "out", "--discard-source")
     assert code == 1
     assert re.search(rf"{SHARDS[1]} has SHA-256 \w+\.\.\., expected \w+\.\.\.; it was damaged", error)
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_disk_needs_room_for_the_result_and_two_files_or_all(hub, files, command, tmp_path):
+def test_the_disk_needs_room_for_the_result_and_two_files_or_all(hub, files, session, tmp_path):
     repo = hub.add(files)
     flags = ("--model", repo, "--out", tmp_path / "out")
     expected = {}
     for more in ((), ("--discard-source",)):
-        code, _, error = finish(command(*flags, *more, program=FULL_DISK))
+        code, _, error, _ = session(*flags, *more, free=1000)
         assert code == 1
         needed = re.search(r"1,000 bytes free, expected ([\d,]+) for out", error)
         assert needed is not None
@@ -222,12 +231,12 @@ def test_the_disk_needs_room_for_the_result_and_two_files_or_all(hub, files, com
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_files_of_a_path_are_never_deleted(sources, command, tmp_path):
-    code, _, error = finish(command("--model", sources["moe"], "--out", tmp_path / "out", "--discard-source"))
+def test_files_of_a_path_are_never_deleted(sources, session, tmp_path):
+    code, _, error, _ = session("--model", sources["moe"], "--out", tmp_path / "out", "--discard-source")
     assert code == 1
     assert "is a path of yours; leave it out, nothing there is ever deleted" in error
     assert len(list(sources["moe"].glob("*.safetensors"))) == 3
-    code, _, error = finish(command("--model", "org/repo0", "--out", tmp_path / "out", "--discard-source", "--report"))
+    code, _, error, _ = session("--model", "org/repo0", "--out", tmp_path / "out", "--discard-source", "--report")
     assert code == 1
     assert "read the source more than once" in error
 
@@ -235,9 +244,9 @@ def test_files_of_a_path_are_never_deleted(sources, command, tmp_path):
 # Uploads
 
 
-def test_a_conversion_is_uploaded_with_all_its_files(hub, sources, command, tmp_path):
+def test_a_conversion_is_uploaded_with_all_its_files(hub, sources, session, tmp_path):
     flags = ("--model", sources["moe"], "--out", tmp_path / "out", "--upload-repo", "org/converted")
-    code, output, error = finish(command(*flags, HF_TOKEN="hf_secret"))
+    code, output, error, _ = session(*flags, HF_TOKEN="hf_secret")
     assert code == 0, error
     assert f"{hub.address}/org/converted/commit/{COMMITS['main']}" in output
     expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -246,8 +255,8 @@ def test_a_conversion_is_uploaded_with_all_its_files(hub, sources, command, tmp_
     assert {each.authorization for each in asked} == {"Bearer hf_secret"}
 
 
-def test_without_a_token_nothing_is_begun(sources, command, tmp_path):
-    code, _, error = finish(command("--model", sources["moe"], "--out", tmp_path / "out", "--upload-repo", "org/none"))
+def test_without_a_token_nothing_is_begun(sources, session, tmp_path):
+    code, _, error, _ = session("--model", sources["moe"], "--out", tmp_path / "out", "--upload-repo", "org/none")
     assert code == 1
     assert error == "error: org/none: no token, expected one that may write to it; set HF_TOKEN, or run hf auth login\n"
     assert not (tmp_path / "out").exists()
@@ -260,9 +269,9 @@ def test_without_a_token_nothing_is_begun(sources, command, tmp_path):
         ("org/dropped", {"drops_commits": True}, "the connection to http"),
     ],
 )
-def test_an_upload_that_fails_is_one_line_and_loses_nothing(hub, local, command, name, answers, message):
+def test_an_upload_that_fails_is_one_line_and_loses_nothing(hub, local, session, name, answers, message):
     hub.repos[name] = Repo({}, **answers)
-    code, _, error = finish(command("upload", local, name, HF_TOKEN="hf_secret"))
+    code, _, error, _ = session("upload", local, name, HF_TOKEN="hf_secret")
     assert code == 1
     assert message in error
     assert "hf_secret" not in error
@@ -271,5 +280,5 @@ def test_an_upload_that_fails_is_one_line_and_loses_nothing(hub, local, command,
     retry = re.search(r"python -m lfm_mlx\.convert (upload .*)", error)
     assert retry is not None
     hub.repos[name] = Repo({})
-    assert finish(command(*retry[1].split(), HF_TOKEN="hf_secret"))[0] == 0
+    assert session(*retry[1].split(), HF_TOKEN="hf_secret")[0] == 0
     assert set(hub.repos[name].files) == {path.name for path in local.iterdir()}

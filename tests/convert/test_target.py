@@ -16,8 +16,8 @@ from lfm_mlx.convert import convert, preparation
 from lfm_mlx.convert.__main__ import command
 from lfm_mlx.convert.divergence import Scored, measure_divergence
 from lfm_mlx.convert.layerwise import Layerwise
-from lfm_mlx.convert.noise import choices_for, measure_costs
 from lfm_mlx.convert.quality import read_set
+from lfm_mlx.convert.rounding_cost import choices_for, measure_costs
 from lfm_mlx.convert.segments import CheckpointSource
 from lfm_mlx.convert.target import Option, choose
 from lfm_mlx.errors import ConversionError, OptionError
