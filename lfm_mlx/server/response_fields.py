@@ -66,8 +66,8 @@ _ITEM = Tagged(
         "function_call_output": _item(["call_id", "output"], call_id=Text(min_len=1), output=_CONTENT, name=Text()),
         "reasoning": _item(
             [],
-            summary=ListOf(Fields({"type": Text(), "text": Text()})),
-            content=ListOf(Fields({"type": Text(), "text": Text()})),
+            summary=ListOf(_PLAIN),
+            content=ListOf(_PLAIN),
             encrypted_content=Refused("give the reasoning as content"),
         ),
     },

@@ -170,6 +170,8 @@ def test_a_response_is_parsed_and_cut_ones_say_so(client: openai.OpenAI) -> None
     [
         ({"input": 5}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "reasoning", "content": [{"text": None}]}]}, "input[0].content[0].text"),
+        ({"input": [{"type": "reasoning", "summary": [{}]}]}, "input[0].summary[0].text"),
         ({"input": "x", "truncation": "auto"}, "truncation"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
