@@ -14,6 +14,9 @@ from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.tokenizer import Tokenizer
 from lfm_mlx.types import Message, SamplingParams, Tool
 
+_NO_VARIABLES = ("tools", "add_generation_prompt", "messages", "tokenizer", "self")
+"""What else rendering takes, by the names of its parameters."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -91,14 +94,23 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
     return Prepared(prompt=prompt, tools=tools, sampling=sampling, options=options, is_raw=ask.prompt is not None)
 
 
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse variables of the chat template that have other fields, or no meaning in any template.
+
+    Raises:
+        ApiError: one was given.
+    """
+    for name in _NO_VARIABLES:
+        if name in variables:
+            raise ApiError(
+                f"chat_template_kwargs.{name} was given, expected variables of the template only; leave it out",
+                param=f"chat_template_kwargs.{name}",
+            )
+
+
 def _prompt(tokenizer: Tokenizer, ask: Ask, tools: Sequence[Tool]) -> RenderedPrompt:
     if ask.prompt is None:
-        for name in ("tools", "add_generation_prompt", "messages"):
-            if name in ask.variables:
-                raise ApiError(
-                    f"chat_template_kwargs.{name} was given, expected variables of the template only; leave it out",
-                    param=f"chat_template_kwargs.{name}",
-                )
+        check_variables(ask.variables)
         return render_prompt(tokenizer, ask.messages, tools=tools or None, **ask.variables)
     if isinstance(ask.prompt, str):
         return RenderedPrompt(text=ask.prompt, ids=tuple(tokenizer.encode(ask.prompt)), opens_reasoning=False)

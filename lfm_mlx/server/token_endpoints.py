@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lfm_mlx.chat import as_tools, render_prompt
+from lfm_mlx.server.asking import check_variables
 from lfm_mlx.server.chat_completions import MESSAGE
 from lfm_mlx.server.endpoint import read_fields, service_of
 from lfm_mlx.server.field_types import AnyObject, Fields, Flag, ListOf, Text, whole
@@ -67,11 +68,13 @@ def _encode(service: Service, fields: Mapping[str, Any]) -> list[int]:
             "leave it out",
             param="add_special_tokens",
         )
+    variables = fields.get("chat_template_kwargs", {})
+    check_variables(variables)
     prompt = render_prompt(
         service.tokenizer,
         fields["messages"],
         tools=as_tools(fields.get("tools", ())) or None,
         add_generation_prompt=fields.get("add_generation_prompt", True),
-        **fields.get("chat_template_kwargs", {}),
+        **variables,
     )
     return list(prompt.ids)

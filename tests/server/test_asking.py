@@ -55,3 +55,12 @@ def test_what_is_not_asked_for_is_the_model_cards(served: Running) -> None:
         min_p=model.sampling.min_p,
         repetition_penalty=model.sampling.repetition_penalty,
     )
+
+
+@pytest.mark.parametrize("name", ["tools", "add_generation_prompt", "messages", "tokenizer", "self"])
+def test_variables_of_the_template_that_are_none_are_named(served: Running, name: str) -> None:
+    body = {"messages": USER, "chat_template_kwargs": {name: 1}}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = served.http.post(path, json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"chat_template_kwargs.{name}"
