@@ -34,8 +34,9 @@ async def read_fields(request: Request, fields: Fields) -> dict[str, Any]:
     Raises:
         ApiError: the body or a field is refused.
     """
-    settings = service_of(request).settings
-    body = await read_json(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    service = service_of(request)
+    limit, timeout_s = service.settings.max_body_bytes, service.settings.body_timeout_s
+    body = await read_json(request, max_bytes=limit, timeout_s=timeout_s, room=service.bodies)
     read: dict[str, Any] = fields.read(body, "")
     return read
 

@@ -22,12 +22,16 @@ from lfm_mlx.server.asking import Ask, Prepared, prepare
 from lfm_mlx.server.blocks import BlockWriter
 from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.server.metrics import Metrics
+from lfm_mlx.server.request_body import BodyRoom
 from lfm_mlx.server.response_store import ResponseStore
 from lfm_mlx.server.settings import ServerSettings
 from lfm_mlx.tokenizer import Tokenizer
 from lfm_mlx.types import OutputEvent, SamplingParams
 
 log = logging.getLogger("lfm_mlx.server")
+
+BODIES_AT_ONCE = 8
+"""Requests of the largest size that may come in at the same time; thousands of ordinary ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Service:
             model, max_rows=settings.max_rows, max_waiting=settings.max_waiting, prefix_cache=prefix_cache
         )
         self._open: weakref.WeakSet[AnswerStream] = weakref.WeakSet()
+        self.bodies = BodyRoom(BODIES_AT_ONCE * settings.max_body_bytes)
         self.responses = ResponseStore(settings.max_stored_bytes)
         self._is_closing = False
         self.metrics.show(self.gauges, self.totals)

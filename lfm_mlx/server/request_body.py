@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from lfm_mlx.server.http_errors import ApiError, Dialect
+from lfm_mlx.server.http_errors import RETRY_AFTER_S, ApiError, Dialect
 
 MAX_DEPTH = 64
 """Levels of lists and objects: tool schemas need a dozen."""
@@ -27,23 +27,68 @@ sender may be silent meanwhile."""
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_json(request: Request, *, max_bytes: int, timeout_s: float) -> Any:
+UNCOUNTED_BYTES = 256 << 10
+"""The beginning of a body needs no room among the others: ordinary requests are taken while large ones come in."""
+
+
+class BodyRoom:
+    """Counts the bytes of all bodies that are being read: many large ones at once are not to fill the memory.
+
+    Args:
+        max_bytes: of all together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def take(self, held: int, more: int) -> None:
+        """Count some more of a body of which `held` bytes are here.
+
+        Raises:
+            BodyRefusedError: they are too many.
+        """
+        added = _counted(held + more) - _counted(held)
+        if self.num_bytes + added > self.max_bytes:
+            raise BodyRefusedError(
+                f"the bodies that are being read have {self.num_bytes:,} bytes together, expected at most "
+                f"{self.max_bytes:,}; try again later",
+                status=503,
+                code="overloaded",
+                headers={"retry-after": str(RETRY_AFTER_S)},
+                closes=True,
+            )
+        self.num_bytes += added
+
+    def give(self, held: int) -> None:
+        """A body of so many bytes is held no more."""
+        self.num_bytes -= _counted(held)
+
+
+def _counted(num_bytes: int) -> int:
+    return max(num_bytes - UNCOUNTED_BYTES, 0)
+
+
+async def read_json(request: Request, *, max_bytes: int, timeout_s: float, room: BodyRoom) -> Any:
     """The JSON value that a request carries.
 
     Raises:
-        ApiError: it is too large, too slow, nested too deeply, or no JSON.
+        ApiError: it is too large, too slow, nested too deeply, or no JSON; or there is no room for it now.
     """
-    body = await read_body(request, max_bytes=max_bytes, timeout_s=timeout_s)
-    if len(body) >= PARSE_IN_THREAD_BYTES:
-        return await asyncio.to_thread(parse_json, body)
-    return parse_json(body)
+    body = await read_body(request, max_bytes=max_bytes, timeout_s=timeout_s, room=room)
+    try:
+        if len(body) >= PARSE_IN_THREAD_BYTES:
+            return await asyncio.to_thread(parse_json, body)
+        return parse_json(body)
+    finally:
+        room.give(len(body))
 
 
-async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The bytes of a body; one that is too large is never held as a whole.
+async def read_body(request: Request, *, max_bytes: int, timeout_s: float, room: BodyRoom) -> bytes:
+    """The bytes of a body, which the caller gives back to the room; one that is too large is never held as a whole.
 
     Raises:
-        BodyRefusedError: it is too large, by what it announces or by what came, or takes too long.
+        BodyRefusedError: it is too large, by what it announces or by what came, or takes too long, or there is no room.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
@@ -53,20 +98,16 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
     try:
         async with _Deadline(timeout_s):
             async for part in request.stream():
+                if num_bytes + len(part) > max_bytes:
+                    raise _too_large(num_bytes + len(part), max_bytes)
+                room.take(num_bytes, len(part))
                 num_bytes += len(part)
-                if num_bytes > max_bytes:
-                    break
                 parts.append(part)
-    except asyncio.TimeoutError:
-        raise BodyRefusedError(
-            f"the body did not arrive within {timeout_s:g} s, expected it faster; send it again, or start the server "
-            "with a larger --body-timeout",
-            status=408,
-            code="timeout",
-            closes=True,
-        ) from None
-    if num_bytes > max_bytes:
-        raise _too_large(num_bytes, max_bytes)
+    except BaseException as error:
+        room.give(num_bytes)
+        if isinstance(error, asyncio.TimeoutError):
+            raise _too_slow(timeout_s) from None
+        raise
     return b"".join(parts)
 
 
@@ -129,6 +170,16 @@ def _too_large(num_bytes: int, max_bytes: int) -> BodyRefusedError:
         "a larger --max-body-mb",
         status=413,
         code="body_too_large",
+        closes=True,
+    )
+
+
+def _too_slow(timeout_s: float) -> BodyRefusedError:
+    return BodyRefusedError(
+        f"the body did not arrive within {timeout_s:g} s, expected it faster; send it again, or start the server with "
+        "a larger --body-timeout",
+        status=408,
+        code="timeout",
         closes=True,
     )
 

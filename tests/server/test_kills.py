@@ -21,7 +21,7 @@ from conftest import PATIENCE_S, WEATHER_TOOL, Running, wait_until
 from lfm_mlx.server.access import CLIENT_GONE
 from lfm_mlx.server.app import ENDPOINTS
 from lfm_mlx.server.field_types import Fields
-from lfm_mlx.server.request_body import MAX_DEPTH
+from lfm_mlx.server.request_body import MAX_DEPTH, UNCOUNTED_BYTES
 from lfm_mlx.step import Stepper
 
 MEMORY_SLACK_BYTES = 4_000_000
@@ -192,6 +192,25 @@ def test_a_body_that_is_too_large_is_refused_before_it_has_come(served: Running,
     assert head.startswith(b"HTTP/1.1 413")
     assert b"connection: close" in head
     assert json.loads(body)["error"]["type"] == ("request_too_large" if "messages" in path else "invalid_request_error")
+
+
+def test_more_large_bodies_at_once_than_there_is_room_for(served: Running) -> None:
+    room = served.service.bodies
+    part, counted = b"x" * 1_990_000, 1_990_000 - UNCOUNTED_BYTES
+    raws = [connect(served) for _ in range(10)]
+    try:
+        for number, raw in enumerate(raws):
+            raw.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 2000000\r\n\r\n" + part)
+            wait_until(lambda number=number: number == 9 or room.num_bytes == counted * (number + 1))  # type: ignore[misc]
+        answer = raws[9].recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after" in answer
+        assert room.num_bytes <= room.max_bytes == 16_000_000
+        assert served.http.post("/tokenize", json={"prompt": "x" * 1000}).status_code == 200
+    finally:
+        for raw in raws:
+            reset(raw)
+    wait_until(lambda: room.num_bytes == 0)
 
 
 def test_a_client_that_goes_away_before_its_body_has_come_is_no_failure_of_the_server(
