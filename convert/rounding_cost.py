@@ -121,7 +121,5 @@ def _cost(sample: _Sample, how: Quantization | None, places: Sequence[Sensitivit
     noise = mx.square(restored.astype(mx.float32) - values)
     if places is None:
         return float(np.array(noise.sum())) / max(float(np.array(mx.square(values).sum())), 1e-30)
-    weighed = [
-        ((noise * place.columns[sample.matrices]).sum(axis=-1) * place.gain[sample.matrices]).sum() for place in places
-    ]
+    weighed = [(noise * place.columns[sample.matrices]).sum() for place in places]
     return 0.5 * sum(float(np.array(each)) for each in weighed) / sample.rows_each

@@ -1,9 +1,9 @@
 """How much a model's predictions suffer from noise in each matrix, found by passing back through it once.
 
-Noise of mean square n in what a matrix gives for a token moves the predictions by a Kullback-Leibler divergence of
-about n |g|^2 / 2, where g is the gradient of a token's log-probability, that token drawn from the model's own
-prediction (the Fisher information). Layers stream past twice, forwards and backwards; one of them is in memory at a
-time, beside what each layer got as input.
+Noise of variance n in one weight moves the predictions on a text by a Kullback-Leibler divergence of about n G^2 / 2,
+where G is the gradient of the text's log-probability by that weight, each token drawn from the model's own prediction
+(the Fisher information; noise in different weights adds up). Layers stream past twice, forwards and backwards; one of
+them is in memory at a time, beside what each layer got as input.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from lfm_mlx.kernels import KERNELS_VARIABLE, Routing
 from lfm_mlx.model import Block, Embedding, MoE
@@ -28,21 +29,17 @@ from .layerwise import HEAD_TOKENS, Layerwise, step_through
 MAX_TOKENS = 2048
 """Tokens that are passed back; what layers got as input is kept for so many."""
 
-_PRIOR_TOKENS = 8.0
-"""An expert that saw few tokens leans on the mean of all experts as if it had seen so many with it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """How noise in a matrix is weighed: the divergence is half the sum over experts of gain x mean noise of a row.
+    """How noise in a matrix is weighed.
 
     Args:
-        gain: float32 (experts,), one for a matrix that is alone: the mean square of the output's gradient, summed over
-            the output, in a token.
-        columns: float32 (experts, in): the mean square of each input.
+        columns: float32 (experts, in), one expert for a matrix that is alone: the squares of the gradients by the
+            weights of a column, summed over its rows, for each token of the text. With the mean noise of each column,
+            half the sum of products is the divergence.
     """
 
-    gain: mx.array
     columns: mx.array
 
 
@@ -75,14 +72,24 @@ def measure_sensitivity(source: Path, text: str) -> dict[str, tuple[Sensitivity,
         for index in reversed(range(model.config.num_layers)):
             measured, gradients = _pass_layer(model, index, inputs.pop(), gradients, num_tokens)
             found |= measured
-    squares = sum((mx.square(g.astype(mx.float32)).sum(axis=(0, 1)) for g in gradients), mx.array(0.0)) / num_tokens
-    # Every row of the table stands for itself: a token's noise is its own row's.
-    looked_up = Sensitivity(gain=mx.array([1.0]), columns=squares[None])
-    found[EMBEDDING] = (looked_up, head) if model.config.tie_embeddings else (looked_up,)
-    if not model.config.tie_embeddings:
+    found[EMBEDDING] = (_looked_up(sequences, gradients, num_tokens),)
+    if model.config.tie_embeddings:
+        found[EMBEDDING] += (head,)
+    else:
         found[HEAD] = (head,)
-    mx.eval([(each.gain, each.columns) for places in found.values() for each in places])
+    mx.eval([each.columns for places in found.values() for each in places])
     return found
+
+
+def _looked_up(sequences: Sequence[Sequence[int]], gradients: Sequence[mx.array], num_tokens: int) -> Sensitivity:
+    """The sensitivity of the table of tokens where it is looked up: a token that comes again brings its noise again."""
+    total = mx.array(0.0)
+    for ids, gradient in zip(sequences, gradients, strict=True):
+        seen, places = np.unique(ids, return_inverse=True)
+        by_token = mx.zeros((len(seen), gradient.shape[-1]))
+        by_token = by_token.at[mx.array(places.astype(np.uint32))].add(gradient[0].astype(mx.float32))
+        total = total + mx.square(by_token).sum(axis=0)
+    return Sensitivity(columns=total[None] / num_tokens)
 
 
 def _first(sequences: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
@@ -112,7 +119,7 @@ def _pass_head(model: Layerwise, hidden: Sequence[mx.array], num_tokens: int) ->
     """The head's sensitivity, and the gradient of a drawn token's log-probability by `hidden`, of the same shapes."""
     norm, head = model.head()
     key = mx.random.key(0)
-    spread, squares = mx.array(0.0), mx.array(0.0)
+    columns = mx.array(0.0)
     gradients = []
     for x in hidden:
         parts = []
@@ -124,12 +131,12 @@ def _pass_head(model: Layerwise, hidden: Sequence[mx.array], num_tokens: int) ->
             drawn = mx.random.categorical(logits.astype(mx.float32), key=now)
             one_hot = mx.arange(likely.shape[-1]) == drawn[..., None]
             parts.append(back(back_to_norm((one_hot - likely).astype(logits.dtype))))
-            spread = spread + (likely * (1 - likely)).sum()
-            squares = squares + mx.square(normed.astype(mx.float32)).sum(axis=(0, 1))
-            mx.eval(parts, spread, squares)
+            spread = (likely * (1 - likely)).sum(axis=-1, keepdims=True)  # the mean over all drawn tokens is known here
+            columns = columns + (spread * mx.square(normed.astype(mx.float32))).sum(axis=(0, 1))
+            mx.eval(parts, columns)
         gradients.append(mx.concatenate(parts, axis=1))
     mx.eval(gradients)
-    return Sensitivity(gain=(spread / num_tokens)[None], columns=(squares / num_tokens)[None]), gradients
+    return Sensitivity(columns=columns[None] / num_tokens), gradients
 
 
 def _with_vjp(function: Any, x: mx.array) -> tuple[mx.array, Any]:
@@ -144,22 +151,25 @@ def _pass_layer(
     """The sensitivity of a layer's matrices, and the gradients by its inputs."""
     block = model.layer(index)
     probes = listen(block, f"model.layers.{index}", model.config, _Probe)
+    shapes = expected_tensors(model.config)
+    heights = [[shapes[name][-2] for name in names] for _, names in probes]
     passed = []
     for x, gradient in zip(inputs, gradients, strict=True):
-        passed.append(_pass_back(block, [probe for probe, _ in probes], x, gradient))
+        passed.append(_pass_back(block, [probe for probe, _ in probes], heights, x, gradient))
         mx.eval(passed[-1])
         mx.clear_cache()
-    shapes = expected_tensors(model.config)
     measured: dict[str, tuple[Sensitivity, ...]] = {}
-    for probe, names in probes:
-        found = probe.sensitivities([shapes[name][-2] for name in names], num_tokens)
-        measured |= {name: (each,) for name, each in zip(names, found, strict=True)}
+    for (probe, names), each in zip(probes, heights, strict=True):
+        found = probe.sensitivities(each, shapes[names[0]][-1], num_tokens)
+        measured |= {name: (one,) for name, one in zip(names, found, strict=True)}
     return measured, passed
 
 
-def _pass_back(block: Block, probes: Sequence[_Probe], x: mx.array, gradient: mx.array) -> mx.array:
+def _pass_back(
+    block: Block, probes: Sequence[_Probe], heights: Sequence[Sequence[int]], x: mx.array, gradient: mx.array
+) -> mx.array:
     with _fixed_experts(block, step_through(block, x).experts):
-        return _vjp(block, probes, x, gradient)
+        return _vjp(block, probes, heights, x, gradient)
 
 
 @contextlib.contextmanager
@@ -184,7 +194,9 @@ def _fixed_experts(block: Block, chosen: mx.array | None) -> Iterator[None]:
         object.__setattr__(feed_forward, "route", usual)
 
 
-def _vjp(block: Block, probes: Sequence[_Probe], x: mx.array, gradient: mx.array) -> mx.array:
+def _vjp(
+    block: Block, probes: Sequence[_Probe], heights: Sequence[Sequence[int]], x: mx.array, gradient: mx.array
+) -> mx.array:
     step_through(block, x)  # tells the probes their shapes; nothing of it is computed
 
     def run(x: mx.array, *shifts: mx.array) -> list[mx.array]:
@@ -196,45 +208,58 @@ def _vjp(block: Block, probes: Sequence[_Probe], x: mx.array, gradient: mx.array
     shifts = [mx.zeros(probe.shape, x.dtype) for probe in probes]
     still = [mx.zeros_like(probe.x) for probe in probes]
     outputs, (by_input, *by_output) = mx.vjp(run, [x, *shifts], [gradient, *still])
-    for probe, seen, found in zip(probes, outputs[1:], by_output, strict=True):
-        probe.add(seen, found)
+    for probe, each, seen, found in zip(probes, heights, outputs[1:], by_output, strict=True):
+        probe.add(seen, found, each)
         probe.shift = None
     return by_input
 
 
 class _Probe:
-    """A matrix that remembers the squares of its inputs and of the gradients by its outputs."""
+    """A matrix that remembers the squares of the gradients by its weights."""
 
     def __init__(self, inner: Any, num_experts: int) -> None:
         self.inner = inner
         self.num_experts = num_experts
         self.shift: mx.array | None = None
-        self.totals: list[mx.array] | None = None
-        self.counts = mx.zeros((max(1, num_experts),))
+        self.squares: dict[tuple[int, int], mx.array] = {}
 
     def __call__(self, x: mx.array, experts: mx.array | None = None, *rest: Any, **named: Any) -> mx.array:
         made: mx.array = self.inner(x) if experts is None else self.inner(x, experts, *rest, **named)
         self.x, self.experts, self.shape = x, experts, made.shape
         return made if self.shift is None else made + self.shift
 
-    def add(self, x: mx.array, gradient: mx.array) -> None:
-        """Take in a sequence."""
-        squares = [mx.square(array.astype(mx.float32)).reshape(-1, array.shape[-1]) for array in (x, gradient)]
-        rows = mx.zeros((len(squares[0]),), mx.uint32) if self.experts is None else self.experts.flatten()
-        if self.totals is None:
-            self.totals = [mx.zeros((max(1, self.num_experts), array.shape[-1])) for array in squares]
-        self.totals = [total.at[rows].add(array) for total, array in zip(self.totals, squares, strict=True)]
-        self.counts = self.counts.at[rows].add(1.0)
-        mx.eval(self.totals, self.counts)
+    def add(self, x: mx.array, gradient: mx.array, heights: Sequence[int]) -> None:
+        """Take in a sequence.
 
-    def sensitivities(self, heights: Sequence[int], num_tokens: int) -> list[Sensitivity]:
-        """One for each of the matrices of so many rows that lie in this one."""
-        assert self.totals is not None
-        inputs, outputs = self.totals
-        prior = _PRIOR_TOKENS if self.num_experts else 0.0
-        weights, all_rows = self.counts + prior, mx.maximum(self.counts.sum(), 1.0)
-        columns = (inputs + prior * inputs.sum(axis=0) / all_rows) / weights[:, None]
-        gains = (outputs + prior * outputs.sum(axis=0) / all_rows) * (all_rows / weights.sum()) / num_tokens
+        Args:
+            x: inputs (..., in).
+            gradient: by the outputs (..., out).
+            heights: rows of each of the matrices that lie in this one.
+        """
+        x, gradient = (array.astype(mx.float32).reshape(-1, array.shape[-1]) for array in (x, gradient))
         ends = list(itertools.accumulate(heights))
-        parts = [gains[:, end - height : end] for end, height in zip(ends, heights, strict=True)]
-        return [Sensitivity(gain=part.sum(axis=-1), columns=columns) for part in parts]
+        for expert, rows in enumerate(self._rows(len(x))):
+            if rows is None:
+                continue
+            for i, (end, height) in enumerate(zip(ends, heights, strict=True)):
+                by_weight = gradient[rows][:, end - height : end].T @ x[rows]
+                before = self.squares.get((i, expert), mx.array(0.0))
+                self.squares[i, expert] = before + mx.square(by_weight).sum(axis=0)
+            mx.eval(self.squares)
+
+    def _rows(self, count: int) -> list[mx.array | slice | None]:
+        """For each expert its rows of a sequence, None where it has none."""
+        if self.experts is None:
+            return [slice(0, count)]
+        chosen = np.array(self.experts.flatten())
+        found = [np.flatnonzero(chosen == expert).astype(np.uint32) for expert in range(self.num_experts)]
+        return [mx.array(rows) if len(rows) else None for rows in found]
+
+    def sensitivities(self, heights: Sequence[int], width: int, num_tokens: int) -> list[Sensitivity]:
+        """One for each of the matrices of so many rows that lie in this one."""
+        nothing = mx.zeros((width,))
+        stacks = (
+            mx.stack([self.squares.get((i, expert), nothing) for expert in range(max(1, self.num_experts))])
+            for i in range(len(heights))
+        )
+        return [Sensitivity(columns=stack / num_tokens) for stack in stacks]

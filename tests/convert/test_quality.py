@@ -6,8 +6,10 @@ from xml.etree import ElementTree
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from lfm_mlx.convert import convert
+from lfm_mlx.convert.__main__ import command
 from lfm_mlx.convert.agreement import agreement_of, compare_answers, greedy
 from lfm_mlx.convert.divergence import Scored, measure_divergence
 from lfm_mlx.convert.layerwise import Layerwise
@@ -109,6 +111,16 @@ def test_the_report_is_text_json_and_a_picture_and_joins_the_manifest(converted,
     assert text.count("%") > 1 * len(quality.divergence.layers)
     bars = ElementTree.parse(converted[4] / "quality.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 1 + len(quality.divergence.layers)
+
+
+def test_the_command_takes_only_the_first_of_the_set_if_told(converted, small_set, tmp_path):
+    (tmp_path / "set.json").write_text(json.dumps(small_set))
+    flags = ["--evaluation", str(tmp_path / "set.json"), "--limit", "1", "--max-tokens", "3"]
+    done = CliRunner().invoke(command, ["report", str(TINY), str(converted[8]), *flags])
+    assert done.exit_code == 0, done.output
+    raw = json.loads((converted[8] / "quality.json").read_text())
+    assert raw["calls"]["num_conversations"] == 1
+    check_manifest(converted[8])
 
 
 def test_another_model_and_another_file_are_refused(sources, converted, tmp_path):
