@@ -131,7 +131,9 @@ class Sized(Protocol):
     dtype: mx.Dtype
 
 
-def room_for_answer(model: Sized, prompt_len: int, max_tokens: int | None, *, kv_bits: int | None = None) -> int:
+def room_for_answer(
+    model: Sized, prompt_len: int, max_tokens: int | None, *, kv_bits: int | None = None, free_bytes: int | None = None
+) -> int:
     """Tokens an answer may have.
 
     Args:
@@ -139,13 +141,14 @@ def room_for_answer(model: Sized, prompt_len: int, max_tokens: int | None, *, kv
         prompt_len: tokens of the prompt, fewer than the context.
         max_tokens: what the caller asked for; None asks for as much as context and memory hold.
         kv_bits: 8 or 4 for quantised keys and values.
+        free_bytes: that may still be allocated; None looks here.
 
     Raises:
         MemoryPlanError: what was asked for, or a single token, does not fit into the memory that is free.
     """
     room = model.max_context - prompt_len
     wanted = min(max_tokens or room, room)
-    free = available_bytes()
+    free = available_bytes() if free_bytes is None else free_bytes
     options: Any = {"weight_bytes": 0, "kv_bits": kv_bits, "dtype": model.dtype}
     if plan_memory(model.config, context=prompt_len + wanted, **options).state_bytes <= free:
         return wanted

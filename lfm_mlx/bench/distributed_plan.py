@@ -64,12 +64,13 @@ WIRES = (
 )
 
 NOTES = (
+    "Numbers of ranks that do not divide the model are left out. sent: by one rank.",
     "Wires are assumed, not measured: "
     + "; ".join(f"{w.name} {w.gb_per_s:g} GB/s, {w.hop_us:g} us" for w in WIRES)
     + ".",
     "150 us a hop is half of the 300 us that are reported for a message over TCP; for RDMA 5 to 50 us are reported.",
     "Speeds are upper bounds: decode from weights, keys and values read at the chip's bandwidth, prefill from matrix",
-    "products, both with nothing beside them but the wire. wait: the part of decoding's time that the wire takes.",
+    "products, experts chosen evenly, both with nothing beside them but the wire. wait: the wire's part of decoding.",
 )
 
 
@@ -167,7 +168,7 @@ def _of_size(
     memory = plan_memory(
         local, weight_bytes=weight_bytes, context=context, batch_size=max(batch_sizes), kv_bits=kv_bits
     )
-    prefill_s = CHUNK_TOKENS * _operations(config, part) / teraflops / 1e12
+    prefill_s = CHUNK_TOKENS * _operations(config, size) / teraflops / 1e12
     speeds = []
     for wire in WIRES if size > 1 else WIRES[:1]:
         wire_s = wire.seconds(chunk.num_collectives, chunk.sent_bytes, size) if size > 1 else 0.0
@@ -219,18 +220,13 @@ def _step_bytes(paper: _Paper, part: RankPart, rows: int) -> float:
     return total
 
 
-def _operations(config: ModelConfig, part: RankPart) -> float:
-    """Floating-point operations of a prompt's token in the matrices of one rank.
-
-    Where experts are dealt out, every rank computes every pair of a token and an expert, the absent ones for nothing.
-    """
+def _operations(config: ModelConfig, size: int) -> float:
+    """Floating-point operations of a prompt's token in the matrices of one rank, experts being chosen evenly."""
     total = 0.0
     for name, shape in expected_tensors(config).items():
         if is_matrix(name) and ".embed_tokens" not in name and not name.startswith("lm_head"):
-            is_expert = ".switch_mlp." in name
-            active = config.num_active_experts / config.num_experts if is_expert else 1.0
-            divided = 1 if is_expert and part.mode == "expert" else part.size
-            total += 2 * active * math.prod(shape) / divided
+            active = config.num_active_experts / config.num_experts if ".switch_mlp." in name else 1.0
+            total += 2 * active * math.prod(shape) / size
     return total
 
 

@@ -12,6 +12,7 @@ from lfm_mlx.chat.messages import RenderedPrompt
 from lfm_mlx.chat.reader import AnswerReader
 from lfm_mlx.chat.reply import Usage
 from lfm_mlx.constrain import Constraint, Matcher, ToolCalls, grammar_tokenizer
+from lfm_mlx.distributed import free_bytes
 from lfm_mlx.engine import Engine, EngineThread, Request, Row, TokenLogprob
 from lfm_mlx.engine.control import Control, ReasoningTokens
 from lfm_mlx.errors import OptionError
@@ -107,7 +108,10 @@ class Answer(Iterator[OutputEvent]):
         if engine is not None:
             max_tokens = engine.room_for_answer(len(prompt.ids), options.max_tokens)
         else:
-            max_tokens = room_for_answer(model, len(prompt.ids), options.max_tokens, kv_bits=model.kv_bits)
+            free = free_bytes(model)
+            max_tokens = room_for_answer(
+                model, len(prompt.ids), options.max_tokens, kv_bits=model.kv_bits, free_bytes=free
+            )
         request = Request(
             prompt=model.checked_prompt(prompt.ids),
             sampling=options.sampling or model.sampling,

@@ -3,7 +3,7 @@
 from lfm_mlx.distributed.cut import Cut, Mode, RankPart, check_size, cut_of, local_config, part_bytes
 from lfm_mlx.distributed.link import Link, Note
 from lfm_mlx.distributed.part_file import read_ranges
-from lfm_mlx.distributed.ranks import Ranks, join_ranks, ranks_of, set_ranks
+from lfm_mlx.distributed.ranks import Ranks, free_bytes, join_ranks, ranks_of, set_ranks
 from lfm_mlx.distributed.shard import shard
 from lfm_mlx.distributed.sharded_weights import ShardedWeights, take_part
 from lfm_mlx.distributed.world import World, is_first_rank
@@ -19,6 +19,7 @@ __all__ = [
     "World",
     "check_size",
     "cut_of",
+    "free_bytes",
     "is_first_rank",
     "join_ranks",
     "local_config",

@@ -20,6 +20,7 @@ from typing import Any
 
 from lfm_mlx.distributed.world import World
 from lfm_mlx.errors import LfmError, OptionError, RankError
+from lfm_mlx.memory import available_bytes
 
 BEAT_S = 0.5
 STALL_S = 8.0
@@ -53,6 +54,7 @@ class Peer:
     Attributes:
         notes: what came and was not looked at.
         is_ended: whether the note came that ends the run in good order.
+        free_bytes: of memory, as the other side told last; None before.
     """
 
     def __init__(self, connection: socket.socket, on_loss: Callable[[str], None]) -> None:
@@ -60,6 +62,7 @@ class Peer:
         connection.settimeout(STALL_S)
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
         self.is_ended = False
+        self.free_bytes: int | None = None
         self._connection = connection
         self._on_loss = on_loss
         self._sending = threading.Lock()
@@ -100,7 +103,10 @@ class Peer:
                     self._on_loss(f"it failed with {note['failed']}")
                     return
                 self.is_ended = self.is_ended or "end" in note
-                self.notes.put(note)
+                if "free_bytes" in note:
+                    self.free_bytes = note["free_bytes"]
+                else:
+                    self.notes.put(note)
 
 
 def _told(error: OSError) -> str:
@@ -143,6 +149,12 @@ class Link:
     def handles(self) -> set[int]:
         """The system's numbers of these connections."""
         return {peer.handle for peer in self.peers.values()}
+
+    @property
+    def free_bytes(self) -> int:
+        """Rank 0: bytes that may still be allocated on every rank."""
+        told = [peer.free_bytes for peer in self.peers.values() if peer.free_bytes is not None]
+        return min([available_bytes(), *told])
 
     @property
     def is_leader(self) -> bool:
@@ -230,7 +242,7 @@ class Link:
     def _beat(self) -> None:
         while not self._is_closing:
             for peer in self.peers.values():
-                peer.send()
+                peer.send(None if self.is_leader else {"free_bytes": available_bytes()})
             time.sleep(BEAT_S)
 
 

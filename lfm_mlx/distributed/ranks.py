@@ -22,6 +22,7 @@ from lfm_mlx.distributed.link import BLAME_S, Link
 from lfm_mlx.distributed.shard import Group, MlxGroup
 from lfm_mlx.distributed.world import launched_world
 from lfm_mlx.errors import RankError
+from lfm_mlx.memory import available_bytes
 from lfm_mlx.model import Model
 
 INIT_S = 9
@@ -93,6 +94,12 @@ def ranks_of(model: Model) -> Ranks | None:
     found = vars(model).get("_ranks")
     assert found is None or isinstance(found, Ranks)
     return found
+
+
+def free_bytes(model: Model) -> int:
+    """Bytes that may still be allocated where a model is: on every rank, where there are several."""
+    ranks = ranks_of(model)
+    return available_bytes() if ranks is None else ranks.link.free_bytes
 
 
 def set_ranks(model: Model, ranks: Ranks) -> None:

@@ -122,7 +122,11 @@ class ShardedMoE(MoE):
         self._experts = experts
 
     def route(self, tokens: mx.array) -> Routing:
-        """Choose experts for tokens ``(..., D)``; one that another rank holds becomes any of ours, of weight zero."""
+        """Choose experts for tokens ``(..., D)``; those that other ranks hold weigh zero.
+
+        In a step they become our first one, which is computed for nothing: a step does not wait to know how many they
+        are. For many tokens ``(T, D)`` they become one behind our last, which `_sorted` leaves out.
+        """
         routing = super().route(tokens)
         if self._experts is None:
             return routing
@@ -131,7 +135,24 @@ class ShardedMoE(MoE):
             parts = [weights[..., i : i + 1] for i in range(self.num_active)]
             weights = mx.concatenate(weights_of(parts, self.scaling_factor, self.normalize_weights), axis=-1)
         places, is_here = _places(routing.experts, self._experts)
+        if tokens.ndim == 2:
+            places = mx.where(is_here, places, mx.array(len(self._experts), dtype=places.dtype))
         return Routing(places, mx.where(is_here, weights, mx.array(0.0)), True)
+
+    def _sorted(self, tokens: mx.array, experts: mx.array) -> mx.array:
+        if self._experts is None:
+            return super()._sorted(tokens, experts)
+        T, A = experts.shape
+        order = mx.argsort(experts.flatten())
+        # Waits for the router: what is known after that spares the other ranks' share of the work.
+        num_here = (experts < len(self._experts)).sum().item()
+        assert isinstance(num_here, int)
+        rows, chosen = order[:num_here] // A, experts.flatten()[order[:num_here]]
+        outputs = mx.zeros((1, tokens.shape[-1]), dtype=tokens.dtype)  # Of all pairs that are left out.
+        if num_here:
+            hidden = self._gated(self.gate_up_proj(tokens[rows][:, None], chosen, is_sorted=True))
+            outputs = mx.concatenate([self.down_proj(hidden, chosen, is_sorted=True).squeeze(-2), outputs])
+        return outputs[mx.minimum(mx.argsort(order), num_here)].reshape(T, -1)
 
     def _combine(
         self, residual: mx.array, outputs: mx.array, routing: Routing, norm: Norm

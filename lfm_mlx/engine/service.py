@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lfm_mlx.cache import PrefixCache, Reading
-from lfm_mlx.distributed import ranks_of
+from lfm_mlx.distributed import free_bytes, ranks_of
 from lfm_mlx.engine.engine import Engine
 from lfm_mlx.engine.request import Request, Row
 from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError, RankError
-from lfm_mlx.memory import available_bytes, release_freed, row_bytes, rows_budget_bytes
+from lfm_mlx.memory import release_freed, row_bytes, rows_budget_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.types import check_integer
 
@@ -92,7 +92,7 @@ class EngineThread:
         self.prefix_cache = prefix_cache
         if memory_bytes is None:
             kept = prefix_cache.max_bytes if prefix_cache is not None else 0
-            memory_bytes = self._budget_of(available_bytes() - kept)
+            memory_bytes = self._budget_of(free_bytes(model) - kept)
         self.memory_bytes = memory_bytes
         self._engine = self._new_engine()
         self._changed = threading.Condition()
@@ -330,7 +330,7 @@ class EngineThread:
             self._checked_s = now_s
             cache = self.prefix_cache
             promised = max(cache.max_bytes - cache.num_bytes, 0) if cache is not None else 0
-            free = self._engine.held_bytes + self._budget_of(available_bytes() - promised)
+            free = self._engine.held_bytes + self._budget_of(free_bytes(self.model) - promised)
             self._engine.memory_bytes = min(self.memory_bytes, free)
 
     def _tell(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from lfm_mlx.distributed import free_bytes
 from lfm_mlx.engine import Engine, Request, Row
 from lfm_mlx.errors import OptionError
 from lfm_mlx.generate.prompt import Prompt, prompt_ids
@@ -176,7 +177,7 @@ def stream(
     request = Request(
         prompt=ids,
         sampling=with_overrides(sampling or model.sampling, overrides),
-        max_tokens=room_for_answer(model, len(ids), max_tokens, kv_bits=engine.kv_bits),
+        max_tokens=room_for_answer(model, len(ids), max_tokens, kv_bits=engine.kv_bits, free_bytes=free_bytes(model)),
         stop_ids=frozenset() if ignore_stop_tokens else tokenizer.stop_ids,
     )
     return TokenStream(engine, engine.submit(request), tokenizer, StopStrings(stop), skip_special)

@@ -31,14 +31,15 @@ def test_the_plan_of_the_real_model_counts_parts_sums_and_bytes() -> None:
     assert any("so it pays for memory alone" in note for note in report.notes)
 
 
-def test_dealt_out_experts_save_memory_and_no_arithmetic() -> None:
+def test_dealt_out_experts_are_read_more_often_in_a_step() -> None:
     report = ask_distributed_plan(Subject(shapes="tiny-moe", bits=16), batch_sizes=(1,))
     sizes = {(one["mode"], one["ranks"]): one for one in report.results["sizes"]}
     tensor, expert = sizes["tensor", 4], sizes["expert", 4]
     assert tensor["weight_bytes"] == expert["weight_bytes"]
     assert tensor["sent_bytes_per_token"] == expert["sent_bytes_per_token"]
-    pairs = zip(tensor["speeds"], expert["speeds"], strict=True)
-    assert all(a["prefill_tokens_per_s"] > b["prefill_tokens_per_s"] for a, b in pairs)
+    for a, b in zip(tensor["speeds"], expert["speeds"], strict=True):
+        assert a["prefill_tokens_per_s"] == b["prefill_tokens_per_s"]
+        assert a["tokens_per_s"] > b["tokens_per_s"]
 
 
 def test_latency_counts_a_hop_and_rdma_is_a_mesh() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,18 @@ def test_without_a_launcher_the_command_to_use_is_told(monkeypatch: pytest.Monke
     monkeypatch.delenv("MLX_RANK", raising=False)
     with pytest.raises(OptionError, match=r"but 1 process was launched, expected 2; .*mlx\.launch -n 2 -- lfm-mlx"):
         launched_world(2, "tensor")
+
+
+def test_the_rank_with_the_least_free_memory_counts() -> None:
+    (port,) = free_ports(1)
+    found: list[Link] = []
+    leading = threading.Thread(target=lambda: found.append(Link(world(0, 2, port))), daemon=True)
+    leading.start()
+    with connected(port) as connection:
+        connection.sendall(b'lfm_mlx rank 1      \n{"free_bytes":5}\n')
+        leading.join(PATIENCE_S)
+        deadline_s = time.monotonic() + PATIENCE_S
+        while found[0].free_bytes != 5:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        found[0].close()
