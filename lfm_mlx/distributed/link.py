@@ -139,11 +139,23 @@ class Link:
         self.on_failure: Callable[[RankError], float] | None = None
         self._is_closing = False
         self._failing = threading.Lock()
-        connections = _accept_all(world, arrival_s) if world.rank == 0 else {0: _connect(world, arrival_s)}
-        self.peers = {rank: Peer(one, self._loss_of(rank)) for rank, one in sorted(connections.items())}
-        for peer in self.peers.values():
-            peer.start()
+        self.peers: dict[int, Peer] = {}
         threading.Thread(target=self._beat, name="lfm-beat", daemon=True).start()
+        if world.rank > 0:
+            self._add(0, _connect(world, arrival_s))
+            return
+        try:
+            for rank, connection in _arrivals(world, arrival_s, self.peers):
+                self._add(rank, connection)  # Signs of life go out at once: others may take their time.
+        except RankError as error:
+            self._is_closing = True
+            self.send({"failed": str(error)})
+            raise
+
+    def _add(self, rank: int, connection: socket.socket) -> None:
+        peer = Peer(connection, self._loss_of(rank))
+        self.peers[rank] = peer
+        peer.start()
 
     @property
     def handles(self) -> set[int]:
@@ -163,7 +175,7 @@ class Link:
 
     def send(self, note: Note) -> None:
         """Rank 0: send a note to every other rank."""
-        for peer in self.peers.values():
+        for peer in list(self.peers.values()):
             peer.send(note)
 
     def receive(self) -> Note:
@@ -183,7 +195,9 @@ class Link:
             if "agreed" not in answer:
                 sys.exit(1)  # Rank 0 tells why.
             return
-        problem = next(filter(None, (_difference(rank, self._facts_of(rank), mine) for rank in self.peers)), None)
+        problem = next(
+            filter(None, (_difference(rank, self._facts_of(rank), mine) for rank in sorted(self.peers))), None
+        )
         self.send({"refused": problem} if problem is not None else {"agreed": True})
         if problem is not None:
             raise RankError(problem)
@@ -241,7 +255,7 @@ class Link:
 
     def _beat(self) -> None:
         while not self._is_closing:
-            for peer in self.peers.values():
+            for peer in list(self.peers.values()):  # More may come meanwhile.
                 peer.send(None if self.is_leader else {"free_bytes": available_bytes()})
             time.sleep(BEAT_S)
 
@@ -256,12 +270,17 @@ def _difference(rank: int, theirs: Note, mine: Note) -> str | None:
     return None
 
 
-def _accept_all(world: World, arrival_s: float) -> dict[int, socket.socket]:
-    """Rank 0: a connection from every other rank. The port is free afterwards, for `mlx.distributed` to take."""
-    deadline_s = time.monotonic() + arrival_s
-    found: dict[int, socket.socket] = {}
+def _arrivals(world: World, arrival_s: float, found: Mapping[int, object]) -> Iterator[tuple[int, socket.socket]]:
+    """Rank 0: a connection from every other rank. The port is free afterwards, for `mlx.distributed` to take.
+
+    Args:
+        world: the processes.
+        arrival_s: in which they have to come.
+        found: what has become of the connections that were yielded.
+    """
+    deadline_s, num_missing = time.monotonic() + arrival_s, world.size - 1
     with _listening(world) as listening, _telling_of_termination(world, found):
-        while len(found) < world.size - 1:
+        while num_missing:
             listening.settimeout(max(deadline_s - time.monotonic(), 0.001))
             try:
                 connection, _ = listening.accept()
@@ -274,8 +293,8 @@ def _accept_all(world: World, arrival_s: float) -> dict[int, socket.socket]:
             if rank is None or rank in found or not 0 < rank < world.size:
                 connection.close()  # Whoever it is, it is none of ours.
             else:
-                found[rank] = connection
-    return found
+                num_missing -= 1
+                yield rank, connection
 
 
 def _missing(world: World, found: Mapping[int, object]) -> str:
