@@ -109,6 +109,10 @@ class Peer:
                     self.notes.put(note)
 
 
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _told(error: OSError) -> str:
     if isinstance(error, TimeoutError):
         return f"it was silent for {STALL_S:g} s"
@@ -227,9 +231,10 @@ class Link:
         """End the run because this rank's own work failed; does not return."""
         time.sleep(BLAME_S)
         if self.is_leader:
-            self._end(RankError(f"rank 0 failed: {error!r}"))
-        self.peers[0].send({"failed": repr(error)})
-        while True:
+            self._end(RankError(f"rank 0 failed with {_named(error)}; all ranks end, start them again"))
+        else:
+            self.peers[0].send({"failed": _named(error)})
+        while True:  # The thread that ends this process is another one.
             time.sleep(STALL_S)
 
     def _loss_of(self, rank: int) -> Callable[[str], None]:

@@ -221,7 +221,9 @@ class FollowerStep(SharedStep):
     def end_rows(self, engine: Stepped, note: Note) -> None:
         """End the rows that have ended on rank 0."""
         for number, is_error in note.get("ended", ()):
-            engine.rows[number].end("error" if is_error else "stop", RankError("ended by rank 0") if is_error else None)
+            row = engine.rows.get(number)  # One that was cancelled before it was decoded has ended here too.
+            if row is not None:
+                row.end("error" if is_error else "stop", RankError("ended by rank 0") if is_error else None)
 
     def pace(self, full_chunk: int) -> Pace:
         """As `Lockstep.pace`."""

@@ -59,6 +59,9 @@ def run(model: Model) -> dict[str, Any]:
     while len(rows[3].generated) < 3:
         engine.step()
     rows[3].cancel()
+    for limit_s in (None, 0.0):  # Both end before anything of them is decoded.
+        rows.append(engine.submit(Request(prompt=ids(9, 8), sampling=GREEDY, max_tokens=3, time_limit_s=limit_s)))
+    rows[4].cancel()
     rows.append(engine.submit(Request(prompt=[*shared, *ids(5, 4)], sampling=GREEDY, max_tokens=5)))
     finish(engine)
     # Of a cancelled row, how far it came depends on what was queued.
