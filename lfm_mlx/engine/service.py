@@ -223,7 +223,12 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs and takes requests."""
-        return self._thread.is_alive() and not self._is_closing and self._loss is None
+        return self._thread.is_alive() and not self._is_closing and not self.is_lost
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a rank of the model is gone, so that this process will end by itself."""
+        return self._loss is not None
 
     def _give_up(self, loss: RankError) -> float:
         """Another rank of the model is gone: the engine's thread may wait for it for ever, so its rows are ended here.

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Generator
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -65,6 +66,11 @@ class HttpServer(uvicorn.Server):
             ssl_keyfile=tls_key,
         )
         super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On a signal: begin to shut down; but where a rank is gone, go on to say so for the seconds that are left."""
+        if not self._service.engine.is_lost:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, let answers finish within the time, end the others."""

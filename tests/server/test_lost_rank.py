@@ -28,6 +28,7 @@ def test_a_server_says_that_a_rank_is_gone_and_ends(tmp_path: Path) -> None:
                 next(lines)
                 ranks[1].send_signal(signal.SIGKILL)
                 assert "rank 1 is gone" in "".join(lines)
+            ranks[0].terminate()  # As the launcher does.
             refused = http.post("/v1/chat/completions", json=QUESTION)
             assert refused.status_code == 503
             assert http.get("/health/ready").status_code == 503
