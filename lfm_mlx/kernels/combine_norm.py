@@ -12,6 +12,10 @@ from lfm_mlx.kernels.choice import Case, FusedKernel, are_alike, random_values
 from lfm_mlx.kernels.elementwise import WEIGHT_SUM_EPS, combine_experts, weigh_experts
 from lfm_mlx.kernels.expert_router import Routing
 from lfm_mlx.kernels.metal_kernel import GROUP_SUM, SIMD_LANES, MetalKernel, constant, threads_for
+from lfm_mlx.kernels.row_blocks import in_blocks
+
+BLOCK_TOKENS = 256
+"""Tokens whose outputs are widened to float32 at once where nothing is compiled."""
 
 SOURCE = """
   threadgroup float partial[32];
@@ -120,9 +124,12 @@ def combine(
     """
     A = routing.scores.shape[-1]
     D = outputs.shape[-1] if outputs.ndim == 4 else outputs.shape[-1] // A
-    if outputs.ndim == 4 and not compiling.is_compiling():
-        # What compiles to one kernel is some thirty operations otherwise, and few tokens are no work for any of them.
-        return _product(residual, outputs, routing, scaling_factor, normalize_weights)
+    if not compiling.is_compiling():
+        # What compiles to one kernel is some thirty operations otherwise.
+        summed = _product(residual, outputs.reshape(-1, A, D), routing, scaling_factor, normalize_weights)
+        if residual is not None:
+            return summed.reshape(residual.shape)
+        return summed[:, None, None] if outputs.ndim == 4 else summed
     parts = _parts(outputs, A, D)
     scores = [routing.scores[..., i : i + 1] for i in range(A)]
     added = residual.reshape(parts[0].shape) if residual is not None else None
@@ -136,19 +143,25 @@ def combine(
 def _product(
     residual: mx.array | None, outputs: mx.array, routing: Routing, scaling_factor: float, normalize_weights: bool
 ) -> mx.array:
-    """The sum as a matrix product a token, in few operations."""
-    A, D = routing.scores.shape[-1], outputs.shape[-1]
-    weights = routing.scores.reshape(-1, 1, A).astype(mx.float32)
-    if not routing.is_weighed:
-        weights = mx.sigmoid(weights)
-        if normalize_weights:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + WEIGHT_SUM_EPS)
-        if scaling_factor != 1.0:
-            weights = weights * scaling_factor
-    total = weights @ outputs.reshape(-1, A, D).astype(mx.float32)  # (T, 1, D)
-    if residual is None:
-        return total[:, None].astype(outputs.dtype)
-    return (residual.astype(mx.float32) + total.reshape(residual.shape)).astype(residual.dtype)
+    """The sum ``(T, D)`` of outputs ``(T, A, D)`` as a matrix product a token, in few operations."""
+    D = outputs.shape[-1]
+
+    def compute(outputs: mx.array, scores: mx.array, residual: mx.array | None = None) -> mx.array:
+        weights = scores[:, None].astype(mx.float32)
+        if not routing.is_weighed:
+            weights = mx.sigmoid(weights)
+            if normalize_weights:
+                weights = weights / (weights.sum(axis=-1, keepdims=True) + WEIGHT_SUM_EPS)
+            if scaling_factor != 1.0:
+                weights = weights * scaling_factor
+        total = (weights @ outputs.astype(mx.float32))[:, 0]
+        if residual is None:
+            return total.astype(outputs.dtype)
+        return (residual.astype(mx.float32) + total).astype(residual.dtype)
+
+    scores = routing.scores.reshape(outputs.shape[0], -1)
+    added = [] if residual is None else [residual.reshape(-1, D)]
+    return in_blocks(compute, BLOCK_TOKENS, outputs, scores, *added)
 
 
 def _parts(outputs: mx.array, num_active: int, width: int) -> Sequence[mx.array]:

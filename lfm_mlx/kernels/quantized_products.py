@@ -7,11 +7,10 @@ the wide copies of a long prompt are never all alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from lfm_mlx.config import Quantization
+from lfm_mlx.kernels.row_blocks import in_blocks
 
 WIDE_ROWS = 256
 """Rows that are widened at once."""
@@ -46,7 +45,7 @@ def quantized_matmul(
         return product(x, scales, biases)
     scales, biases = _wide(scales), _wide(biases) if biases is not None else None
     rows = x.reshape(-1, x.shape[-1])
-    out = _in_blocks(rows.shape[0], lambda part: product(_wide(rows[part]), scales, biases).astype(x.dtype))
+    out = in_blocks(lambda part: product(_wide(part), scales, biases).astype(x.dtype), WIDE_ROWS, rows)
     return out.reshape(*x.shape[:-1], -1)
 
 
@@ -99,9 +98,8 @@ def gather_quantized_matmul(
     scales, biases = _wide(scales), _wide(biases) if biases is not None else None
     if rows is not None:
         return product(_wide(x), experts, scales, biases, rows).astype(x.dtype)
-    return _in_blocks(
-        experts.shape[0],
-        lambda part: product(_wide(x[part]), experts[part], scales, biases, None).astype(x.dtype),
+    return in_blocks(
+        lambda part, which: product(_wide(part), which, scales, biases, None).astype(x.dtype), WIDE_ROWS, x, experts
     )
 
 
@@ -113,9 +111,3 @@ def is_widening(dtype: mx.Dtype) -> bool:
 def _wide(array: mx.array) -> mx.array:
     """In float32; codes and scales that are no floating-point numbers stay."""
     return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-
-
-def _in_blocks(num_rows: int, compute: Callable[[slice], mx.array]) -> mx.array:
-    if num_rows <= WIDE_ROWS:
-        return compute(slice(None))
-    return mx.concatenate([compute(slice(at, at + WIDE_ROWS)) for at in range(0, num_rows, WIDE_ROWS)])

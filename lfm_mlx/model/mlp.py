@@ -5,9 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.kernels import add_norm, silu_multiply
+from lfm_mlx.kernels import add_norm, in_blocks, silu_multiply
 from lfm_mlx.model.linear import AnyLinear, equal_parts
 from lfm_mlx.model.norm import Norm
+
+BLOCK_TOKENS = 512
+"""Tokens whose hidden values, the widest of the layer, exist at the same time."""
 
 
 class MLP(Module):
@@ -20,8 +23,16 @@ class MLP(Module):
 
     def __call__(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
         """Map `x` ``(..., D)`` and add it to `residual` of the same shape: the sum, and `norm` of the sum."""
-        update = self.down_proj(silu_multiply(*equal_parts(self.gate_up_proj(x), 2)))
+        rows = x.reshape(-1, x.shape[-1])
+        update = (
+            in_blocks(self._update, BLOCK_TOKENS, rows).reshape(x.shape)
+            if rows.shape[0] > BLOCK_TOKENS
+            else self._update(x)
+        )
         return add_norm(residual, update, norm.weight, norm.eps)
+
+    def _update(self, x: mx.array) -> mx.array:
+        return self.down_proj(silu_multiply(*equal_parts(self.gate_up_proj(x), 2)))
 
     def step(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
         """As a call."""

@@ -7,12 +7,15 @@ import functools
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from lfm_mlx.kernels import Routing, combine_norm, route, silu_multiply
+from lfm_mlx.kernels import Routing, combine_norm, in_blocks, route, silu_multiply
 from lfm_mlx.model.linear import AnyExpertLinear, AnyLinear, equal_parts
 from lfm_mlx.model.norm import Norm
 
 SORTED_FROM_TOKENS = 32
 """From this many tokens a call, tokens are sorted by expert: below, each (token, expert) pair is a matvec anyway."""
+
+BLOCK_PAIRS = 2048
+"""Sorted (token, expert) pairs whose hidden values exist at the same time; nearly all experts are in one block only."""
 
 
 class MoE(Module):
@@ -89,8 +92,12 @@ class MoE(Module):
         chosen = experts.flatten()
         order = mx.argsort(chosen)
         chosen = chosen[order]
-        hidden = self._gated(self.gate_up_proj(tokens[order // A][:, None], chosen, is_sorted=True))  # (T A, 1, F)
-        outputs = self.down_proj(hidden, chosen, is_sorted=True)
+
+        def compute(order: mx.array, chosen: mx.array) -> mx.array:
+            hidden = self._gated(self.gate_up_proj(tokens[order // A][:, None], chosen, is_sorted=True))  # (N, 1, F)
+            return self.down_proj(hidden, chosen, is_sorted=True)
+
+        outputs = in_blocks(compute, BLOCK_PAIRS, order, chosen)
         return outputs.squeeze(-2)[mx.argsort(order)].reshape(T, -1)
 
     def _gated(self, gate_up: mx.array) -> mx.array:
