@@ -23,12 +23,10 @@ class MLP(Module):
 
     def __call__(self, x: mx.array, residual: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
         """Map `x` ``(..., D)`` and add it to `residual` of the same shape: the sum, and `norm` of the sum."""
-        rows = x.reshape(-1, x.shape[-1])
-        update = (
-            in_blocks(self._update, BLOCK_TOKENS, rows).reshape(x.shape)
-            if rows.shape[0] > BLOCK_TOKENS
-            else self._update(x)
-        )
+        if x.size <= BLOCK_TOKENS * x.shape[-1]:
+            update = self._update(x)
+        else:
+            update = in_blocks(self._update, BLOCK_TOKENS, x.reshape(-1, x.shape[-1])).reshape(x.shape)
         return add_norm(residual, update, norm.weight, norm.eps)
 
     def _update(self, x: mx.array) -> mx.array:

@@ -54,6 +54,34 @@ def test_tokens_sorted_by_expert_give_what_single_tokens_give(moe, num_tokens):
     assert relative_error(in_calls_of(moe, x, 7), in_calls_of(moe, x, 1)) < TOLERANCE
 
 
+def test_many_pairs_are_computed_in_blocks_of_sorted_ones(moe, monkeypatch):
+    x = hidden(100)
+    whole = called(moe, x, x)
+    seen: list[int] = []
+    down = type(moe.down_proj).__call__
+
+    def watched(self, x, *arguments, **options):
+        if self is moe.down_proj:
+            seen.append(x.shape[0])
+        return down(self, x, *arguments, **options)
+
+    monkeypatch.setattr("lfm_mlx.model.moe.BLOCK_PAIRS", 64)
+    monkeypatch.setattr(type(moe.down_proj), "__call__", watched)
+    assert relative_error(called(moe, x, x), whole) < TOLERANCE
+    assert seen == [64] * 4 + [44]
+
+
+def test_a_dense_layer_takes_many_tokens_in_blocks(monkeypatch):
+    mlp = tiny_model(tiny_config(**WIDTHS)).layers[0].feed_forward
+    x = hidden(100)
+    whole = mlp(x, x, NORM)
+    monkeypatch.setattr("lfm_mlx.model.mlp.BLOCK_TOKENS", 32)
+    for found, expected in zip(mlp(x, x, NORM), whole, strict=True):
+        assert found.shape == expected.shape
+        assert relative_error(found, expected) < TOLERANCE
+    assert relative_error(mlp(x[:, ::-1], x, NORM)[0], whole[0]) > 0.01
+
+
 def paired_outputs(patch: pytest.MonkeyPatch, moe: MoE, x: mx.array, experts: mx.array) -> mx.array:
     """Experts' outputs (T, A D) as `step` has them before it weighs and adds them; x (T, D), experts (T, A)."""
     A = moe.num_active

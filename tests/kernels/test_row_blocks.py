@@ -1,0 +1,40 @@
+"""Rows in blocks: the same result, in order, and less memory on the way."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from lfm_mlx.kernels import in_blocks
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 40])
+def test_blocks_give_what_the_whole_gives(num_rows: int) -> None:
+    x, y = mx.random.normal((num_rows, 3)), mx.arange(num_rows)
+    sizes: list[int] = []
+
+    def compute(x: mx.array, y: mx.array) -> mx.array:
+        sizes.append(x.shape[0])
+        return x * y[:, None]
+
+    found = in_blocks(compute, 8, x, y)
+    assert mx.array_equal(found, x * y[:, None])
+    assert sum(sizes) == num_rows
+    assert max(sizes) <= 8
+    assert len(sizes) == -(-num_rows // 8)
+
+
+def test_what_is_computed_on_the_way_exists_for_one_block_only() -> None:
+    x = mx.random.normal((64, 1))
+    mx.eval(x)
+
+    def peak(block_rows: int) -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        wide = in_blocks(lambda rows: mx.exp(rows + mx.zeros((1, 20_000))).sum(axis=1), block_rows, x)
+        mx.eval(wide)
+        return mx.get_peak_memory() - held
+
+    # The CPU runs up to ten operations ahead, so a few blocks are alive at once.
+    assert peak(1) < peak(64) / 3
