@@ -7,8 +7,8 @@ all of its tokens), and yet no running row waits for the whole of it.
 
 from __future__ import annotations
 
-SHARE = 1.0
-"""Prompts may take so much of the time that decoding takes: 1 leaves running rows half their speed."""
+SHARE = 0.75
+"""Prompts may take so much of the time that decoding takes: running rows keep 4/7 of their speed."""
 
 LONGEST_LAYER = 0.7
 """What the slowest layer of a chunk is to take of the time that prompts have in a step."""
