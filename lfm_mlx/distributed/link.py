@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lfm_mlx.distributed.watch import Watch
 from lfm_mlx.distributed.world import World
 from lfm_mlx.errors import LfmError, OptionError, RankError
 from lfm_mlx.memory import available_bytes
@@ -131,6 +132,7 @@ class Link:
         failure: what ended the run; None while it goes on.
         on_failure: called when the run ends because a rank is gone, before this process does; what it returns is how
             many seconds the process shall live on.
+        watch: ends this process from outside where it cannot do so itself; None: nothing does.
 
     Raises:
         RankError: not all came.
@@ -141,6 +143,7 @@ class Link:
         self.world = world
         self.failure: RankError | None = None
         self.on_failure: Callable[[RankError], float] | None = None
+        self.watch: Watch | None = None
         self._is_closing = False
         self._failing = threading.Lock()
         self.peers: dict[int, Peer] = {}
@@ -214,6 +217,8 @@ class Link:
     def close(self) -> None:
         """Take no loss for a failure any more; on rank 0 also let the others end."""
         self._is_closing = True
+        if self.watch is not None:
+            self.watch.sign(is_last=True)
         if self.is_leader:
             self.send({"end": True})
 
@@ -247,6 +252,8 @@ class Link:
                 return
             self.failure = failure
             self._is_closing = True
+            if self.watch is not None:
+                self.watch.sign(is_last=True)
         if not self.is_leader and self.peers[0].is_ended:
             time.sleep(LEAVE_S)  # Still here, this process waits in a collective for ranks that are gone.
             os._exit(0)
@@ -260,6 +267,8 @@ class Link:
 
     def _beat(self) -> None:
         while not self._is_closing:
+            if self.watch is not None:
+                self.watch.sign()
             for peer in list(self.peers.values()):  # More may come meanwhile.
                 peer.send(None if self.is_leader else {"free_bytes": available_bytes()})
             time.sleep(BEAT_S)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,13 +17,11 @@ import mlx.core as mx
 from lfm_mlx.distributed.cut import Mode, RankPart
 from lfm_mlx.distributed.link import BLAME_S, Link
 from lfm_mlx.distributed.shard import Group, MlxGroup
+from lfm_mlx.distributed.watch import STILL_S, Watch
 from lfm_mlx.distributed.world import launched_world
 from lfm_mlx.errors import RankError
 from lfm_mlx.memory import available_bytes
 from lfm_mlx.model import Model
-
-INIT_S = 9
-"""In which `mlx.distributed` has to connect ranks that are all there."""
 
 
 class Ranks:
@@ -68,6 +63,8 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
     """
     world = launched_world(size, mode)
     link = Link(world)
+    still = f"error: rank 0 stood still for {STILL_S} s, waiting for another one; all ranks end, start them again\n"
+    link.watch = Watch(still if link.is_leader else "")
     if link.is_leader:
         atexit.register(link.close)
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
@@ -75,8 +72,11 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 decides what an interruption ends.
     link.agree({"code of lfm_mlx": code_hash(), "mlx": version("mlx"), "parallel": f"{mode} {size}", **facts})
-    with _watched_from_outside(world.rank):
+    # While `init` connects, no other thread of this process runs.
+    try:
         group = mx.distributed.init(strict=True, backend=world.backend)
+    except RuntimeError as error:
+        raise RankError(f"mlx.distributed did not connect rank {world.rank}: {error}; start all ranks again") from error
     return Ranks(link, MlxGroup(group), RankPart(rank=world.rank, size=size, mode=mode))
 
 
@@ -111,25 +111,3 @@ def _leave(number: int, frame: object) -> None:
     """On SIGTERM: a launcher that sees a rank die ends the others, and which one it was is to be told first."""
     time.sleep(BLAME_S)
     sys.exit(128 + number)
-
-
-_WATCH = """
-import os, select, signal, sys
-if not select.select([0], [], [], float(sys.argv[1]))[0]:
-    os.write(2, sys.argv[3].encode())
-    os.kill(int(sys.argv[2]), signal.SIGKILL)
-"""
-
-
-@contextlib.contextmanager
-def _watched_from_outside(rank: int) -> Iterator[None]:
-    """While `mlx.distributed` connects, no other thread of this process runs: another process ends it if need be."""
-    message = f"error: mlx.distributed did not connect the ranks within {INIT_S} s; all ranks end, start them again\n"
-    command = [sys.executable, "-I", "-S", "-c", _WATCH, str(INIT_S), str(os.getpid()), message * (rank == 0)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as watch:
-        try:
-            yield
-        except RuntimeError as error:
-            raise RankError(f"mlx.distributed did not connect rank {rank}: {error}; start all ranks again") from error
-        finally:
-            watch.communicate()
