@@ -12,11 +12,11 @@ import pytest
 from chat_checkpoints import chat_config, write_chat_checkpoint
 
 from lfm_mlx import TokenStream, generate, load, stream
+from lfm_mlx.engine.prompt_run import PromptRun
 from lfm_mlx.errors import ContextLengthError, OptionError
 from lfm_mlx.generate.generation import with_overrides
 from lfm_mlx.generate.prompt import prompt_ids
 from lfm_mlx.load import Loaded
-from lfm_mlx.step import Stepper
 from lfm_mlx.types import SamplingParams
 
 QUESTION = "What is the capital of France?"
@@ -220,18 +220,18 @@ def test_cancelling_while_the_prompt_is_read_ends_before_the_first_token(
     chat: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_chunks = 0
-    extend = Stepper.extend
+    begin_chunk = PromptRun.begin_chunk
 
-    def extend_and_cancel(self: Stepper, *arguments: Any) -> mx.array:
+    def begin_and_cancel(self: PromptRun, *arguments: Any) -> None:
         nonlocal num_chunks
         num_chunks += 1
         if num_chunks == 3:
             thread = threading.Thread(target=tokens.cancel)
             thread.start()
             thread.join()
-        return extend(self, *arguments)
+        begin_chunk(self, *arguments)
 
-    monkeypatch.setattr(Stepper, "extend", extend_and_cancel)
+    monkeypatch.setattr(PromptRun, "begin_chunk", begin_and_cancel)
     monkeypatch.setattr("lfm_mlx.engine.engine.prefill_chunk_tokens", lambda *_: 16)
     tokens = stream(*chat, [5] * 160)
     assert list(tokens) == []
