@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import httpx
-from conftest import PATIENCE_S, TINY
-from launching import launched
+from launching import PATIENCE_S, launched
 
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 
 
