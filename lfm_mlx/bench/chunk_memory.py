@@ -11,6 +11,7 @@ import click
 import mlx.core as mx
 
 from lfm_mlx.cache import AttentionCache, KVCache, QuantizedKVCache, Span, State
+from lfm_mlx.memory import release_freed
 from lfm_mlx.model import Model, MoE
 
 FILLED_COLUMNS = 1024
@@ -65,7 +66,7 @@ def chunk_transients(model: Model, state: State, num_tokens: int) -> Iterator[tu
         )
         before = State([state.layers[layer]], lengths, state.max_context)
         click.echo(f"  computing {num_tokens:,} tokens in one layer: {kind}", err=True)
-        mx.clear_cache()
+        release_freed()
         held = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(alone.hidden(tokens, before), before.arrays)

@@ -19,7 +19,7 @@ from lfm_mlx.bench.subject import Subject
 from lfm_mlx.cache import ConvState
 from lfm_mlx.errors import OptionError
 from lfm_mlx.load import load
-from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens, set_memory_limits
+from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens, release_freed, set_memory_limits
 from lfm_mlx.model import Model
 from lfm_mlx.terminal import format_bytes
 
@@ -139,7 +139,7 @@ def process_peak_bytes() -> int:
 
 
 def _phase(name: str, run: Callable[[], object]) -> dict[str, Any]:
-    mx.clear_cache()
+    release_freed()
     mx.reset_peak_memory()
     run()
     return {

@@ -9,7 +9,7 @@ from lfm_mlx.kernels import add_norm, in_blocks, silu_multiply
 from lfm_mlx.model.linear import AnyLinear, equal_parts
 from lfm_mlx.model.norm import Norm
 
-BLOCK_TOKENS = 512
+BLOCK_TOKENS = 256
 """Tokens whose hidden values, the widest of the layer, exist at the same time."""
 
 

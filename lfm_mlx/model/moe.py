@@ -14,7 +14,7 @@ from lfm_mlx.model.norm import Norm
 SORTED_FROM_TOKENS = 32
 """From this many tokens a call, tokens are sorted by expert: below, each (token, expert) pair is a matvec anyway."""
 
-BLOCK_PAIRS = 2048
+BLOCK_PAIRS = 1024
 """Sorted (token, expert) pairs whose hidden values exist at the same time; nearly all experts are in one block only."""
 
 

@@ -8,8 +8,11 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lfm_mlx.cache import ConvState, Span
-from lfm_mlx.kernels import gated_conv
+from lfm_mlx.kernels import gated_conv, in_blocks, is_compiling
 from lfm_mlx.model.linear import AnyLinear, equal_parts
+
+BLOCK_TOKENS = 256
+"""Tokens whose float32 values exist at the same time where the convolution is not compiled to one kernel."""
 
 
 class ShortConv(Module):
@@ -57,5 +60,10 @@ class ShortConv(Module):
         return self.out_proj(self._convolve(gate_out, [*rows, gated])), (*rows[1:], gated)
 
     def _convolve(self, gate: mx.array, windows: Sequence[mx.array]) -> mx.array:
+        if is_compiling() or gate.shape[0] > 1 or gate.shape[1] <= BLOCK_TOKENS:
+            return self._gated_conv(gate, *windows)
+        return in_blocks(self._gated_conv, BLOCK_TOKENS, gate[0], *(window[0] for window in windows))[None]
+
+    def _gated_conv(self, gate: mx.array, *windows: mx.array) -> mx.array:
         # Elementwise rather than conv1d: it fuses with the gate, and one kernel serves prefill and decode.
         return gated_conv(gate, windows, self.taps, self.bias if "bias" in self else None)

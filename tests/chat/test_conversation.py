@@ -24,6 +24,7 @@ from lfm_mlx.cache import Transcript
 from lfm_mlx.chat import Chat, ChatEvent, Reply, ToolResult, TurnDone, render_prompt, tool
 from lfm_mlx.engine.batch import Batch
 from lfm_mlx.errors import CheckpointError, LfmError, OptionError, TemplateError
+from lfm_mlx.model import Passage
 from lfm_mlx.step import Stepper
 from lfm_mlx.types import ContentDelta, ReasoningDelta, SamplingParams, ToolCall, ToolCallDone, ToolCallFailed
 
@@ -49,17 +50,17 @@ def roles(chat: Chat) -> list[str]:
 
 
 class Counted:
-    """Prompt tokens that went through `Stepper.extend`, and the prompts and states of all rounds of a chat."""
+    """Prompt tokens that went through `Stepper.passage`, and the prompts and states of all rounds of a chat."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_computed = 0
         self.rounds: list[tuple[int, int]] = []
         """Of each round: tokens computed, and those that no longest common beginning could have spared."""
-        extend, reuse = Stepper.extend, Transcript.reuse
+        passage, reuse = Stepper.passage, Transcript.reuse
 
-        def counted_extend(stepper: Stepper, state: Any, tokens: mx.array, counts: Any = None) -> mx.array:
+        def counted(stepper: Stepper, state: Any, tokens: mx.array, counts: Any = None) -> Passage:
             self.num_computed += tokens.size
-            return extend(stepper, state, tokens, counts)
+            return passage(stepper, state, tokens, counts)
 
         def noted_reuse(transcript: Transcript, prompt: Any) -> int:
             self.close_round()
@@ -69,9 +70,9 @@ class Counted:
             return reuse(transcript, prompt)
 
         self._num_new: int | None = None
-        monkeypatch.setattr(Stepper, "extend", counted_extend)
+        monkeypatch.setattr(Stepper, "passage", counted)
         monkeypatch.setattr(Transcript, "reuse", noted_reuse)
-        # Forced tokens of an answer are computed by `extend` too; here they go one by one, as drawn ones do.
+        # Forced tokens of an answer are computed so too; here they go one by one, as drawn ones do.
         monkeypatch.setattr(Batch, "_fast_forward", lambda batch, stepper, logits: logits)
 
     def close_round(self) -> None:
@@ -210,7 +211,7 @@ class Stopwatch:
         monkeypatch.setattr(Stepper, name, noted)
 
 
-@pytest.mark.parametrize("place", ["extend", "decode_and_sample"])
+@pytest.mark.parametrize("place", ["passage", "decode_and_sample"])
 def test_a_turn_cancelled_from_another_thread_ends_and_the_next_one_goes_on(
     monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -218,7 +219,7 @@ def test_a_turn_cancelled_from_another_thread_ends_and_the_next_one_goes_on(
     monkeypatch.setattr("lfm_mlx.engine.engine.prefill_chunk_tokens", lambda config, dtype: 16)
     replies: list[Reply] = []
     place_reached = Stopwatch(monkeypatch, place)
-    question = "long question " * (100 if place == "extend" else 1)
+    question = "long question " * (100 if place == "passage" else 1)
     thread = threading.Thread(target=lambda: replies.append(chat.send(question)))
     thread.start()
     assert place_reached.is_reached.wait(30)
@@ -228,7 +229,7 @@ def test_a_turn_cancelled_from_another_thread_ends_and_the_next_one_goes_on(
     (reply,) = replies
     assert reply.finish_reason == "cancelled"
     assert chat.messages[0]["content"] == question
-    if place == "extend":
+    if place == "passage":
         assert reply.usage.completion_tokens == 0
         assert roles(chat) == ["user"]
     else:

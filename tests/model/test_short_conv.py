@@ -94,3 +94,14 @@ def test_a_token_reaches_exactly_as_many_outputs_as_there_are_taps(conv):
     assert (difference[2 : 2 + num_taps] > 1e-3).all()
     assert (difference[:2] == 0).all()
     assert (difference[2 + num_taps :] == 0).all()
+
+
+def test_many_tokens_of_one_row_are_convolved_in_blocks(conv, monkeypatch):
+    x = mx.array(hidden()[:1])
+    span = Span.make((0,), NUM_TOKENS)
+    expected = conv(x, None, span)
+    monkeypatch.setattr("lfm_mlx.model.short_conv.BLOCK_TOKENS", 4)
+    found = conv(x, None, span)
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) < TOLERANCE
+    assert relative_error(conv(x[:, ::-1], None, span), expected) > 0.1

@@ -314,7 +314,7 @@ def test_odd_paths(served: Running, name: str) -> None:
     assert served.http.get(f"/v1/models/{name}").status_code == 404
 
 
-@pytest.mark.parametrize("stage", ["extend", "decode_and_sample", "decode"])
+@pytest.mark.parametrize("stage", ["passage", "decode_and_sample", "decode"])
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_an_exception_in_the_engine(
     served: Running, monkeypatch: pytest.MonkeyPatch, stage: str, is_streamed: bool
