@@ -27,7 +27,7 @@ MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 2048
 LIVE_SCORE_ARRAYS = 8
 """Arrays of the size of a chunk's scores that are alive at once: scores, mask, weights, and those being made."""
 
-GPU_CACHE_BYTES, CPU_CACHE_BYTES = 512 << 20, 64 << 20
+GPU_CACHE_BYTES, CPU_CACHE_BYTES = 512 << 20, 16 << 20
 """Freed buffers that MLX keeps for the next allocation; on the CPU a new one costs little."""
 
 GPU_STEP_BYTES, CPU_STEP_BYTES = 256 << 20, 16 << 20
