@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lfm_mlx.kernels import KERNELS_VARIABLE, Routing
+from lfm_mlx.kernels import KERNELS_VARIABLE, Routing, without_blocks
 from lfm_mlx.model import Block, Embedding, MoE
 from lfm_mlx.names import EMBEDDING, HEAD, expected_tensors
 
@@ -168,7 +168,7 @@ def _pass_layer(
 def _pass_back(
     block: Block, probes: Sequence[_Probe], heights: Sequence[Sequence[int]], x: mx.array, gradient: mx.array
 ) -> mx.array:
-    with _fixed_experts(block, step_through(block, x).experts):
+    with without_blocks(), _fixed_experts(block, step_through(block, x).experts):
         return _vjp(block, probes, heights, x, gradient)
 
 

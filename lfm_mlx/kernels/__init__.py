@@ -11,7 +11,7 @@ from lfm_mlx.kernels.expert_router import ROUTER, Routing, route, weights_of
 from lfm_mlx.kernels.metal_kernel import MetalKernel
 from lfm_mlx.kernels.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope
 from lfm_mlx.kernels.quantized_products import gather_quantized_matmul, quantized_matmul
-from lfm_mlx.kernels.row_blocks import in_blocks
+from lfm_mlx.kernels.row_blocks import in_blocks, without_blocks
 from lfm_mlx.kernels.verdict import Verdict, tried_again
 
 FUSED_KERNELS = (ADD_NORM, COMBINE_NORM, QK_NORM_ROPE, ROUTER)
@@ -54,4 +54,5 @@ __all__ = [
     "tried_again",
     "weigh_experts",
     "weights_of",
+    "without_blocks",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from lfm_mlx.kernels import in_blocks
+from lfm_mlx.kernels import in_blocks, without_blocks
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 40])
@@ -38,3 +38,16 @@ def test_what_is_computed_on_the_way_exists_for_one_block_only() -> None:
 
     # The CPU runs up to ten operations ahead, so a few blocks are alive at once.
     assert peak(1) < peak(64) / 3
+
+
+def test_without_blocks_all_rows_come_at_once() -> None:
+    sizes: list[int] = []
+
+    def compute(x: mx.array) -> mx.array:
+        sizes.append(x.shape[0])
+        return x
+
+    with without_blocks():
+        in_blocks(compute, 8, mx.zeros((20, 1)))
+    in_blocks(compute, 8, mx.zeros((20, 1)))
+    assert sizes == [20, 8, 8, 4]

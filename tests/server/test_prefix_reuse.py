@@ -32,7 +32,7 @@ def test_prompts_are_continued_not_computed_again(tmp_path: Path) -> None:
         _, _, cached = ask(served, other, seed=7)
         assert cached > prompt_tokens / 2, "users share a system prompt"
         _, _, cached = ask(served, question, tools=[WEATHER_TOOL])
-        assert cached < prompt_tokens / 2, "tools stand in the system message: it is another one"
+        assert 0 < cached < prompt_tokens - 20, "tools stand in the system message, behind its text"
         _, _, cached = ask(served, question, first, other)
         assert cached > prompt_tokens - 20
         count = served.http.get("/metrics").text
