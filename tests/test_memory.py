@@ -299,7 +299,7 @@ def test_the_host_has_some_memory():
     assert 1 << 20 < memory._available_host_bytes() < 1 << 50
 
 
-@pytest.mark.parametrize(("working_set", "limit"), [(None, 64 << 20), (64 * GB, 512 << 20)], ids=str)
+@pytest.mark.parametrize(("working_set", "limit"), [(None, 16 << 20), (64 * GB, 512 << 20)], ids=str)
 def test_few_freed_buffers_are_kept_and_fewer_on_the_cpu(monkeypatch, working_set, limit):
     limits: list[int] = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
