@@ -138,15 +138,16 @@ class DiskStore:
         """The block if it is on its way to its file."""
         return self._pending.get(key)
 
-    def write(self, header: BlockHeader, block: Block) -> None:
-        """Queue an evaluated block; an older one of the same key is replaced."""
+    def write(self, header: BlockHeader, block: Block) -> bool:
+        """Queue an evaluated block, whether or not there is one of its key; returns whether blocks are written now."""
         if not self.is_writing:
-            return
+            return False
         self.delete(header.key)
         writing = self._pending[header.key] = Writing(header=header, block=block)
         views = block_views(block)
         path = self._path(header.key)
         self._queue(lambda: self._write(writing, path, views))
+        return True
 
     def delete(self, key: str) -> None:
         """Forget a block and delete its file."""

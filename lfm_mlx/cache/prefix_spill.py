@@ -213,14 +213,13 @@ class Spill:
             chain.append(chain[-1].parent)
         for part in reversed(chain):
             self._unsaved.pop(part, None)
-            if part.value.block is None or not self.store.is_writing:
+            if part.value.block is None or not self.store.is_writing or not self._write(part, part.value.block):
                 return
-            self._write(part, part.value.block)
 
-    def _write(self, node: BlockNode, block: Block) -> None:
+    def _write(self, node: BlockNode, block: Block) -> bool:
+        """Queue a block, unless writing failed meanwhile."""
         assert node.parent is not None
-        key = node.value.key = self._digest(node).hexdigest()
-        self._nodes[key] = node
+        key = self._digest(node).hexdigest()
         header = BlockHeader(
             key=key,
             parent=self._digest(node.parent).hexdigest(),
@@ -230,7 +229,11 @@ class Spill:
         )
         # The writer only reads bytes: computing an array on another thread than its own is not allowed.
         mx.eval(block.arrays)
-        self.store.write(header, block)
+        if not self.store.write(header, block):
+            return False
+        node.value.key = key
+        self._nodes[key] = node
+        return True
 
     def _digest(self, node: BlockNode) -> Any:
         """A hash of all tokens up to the node's end, however they are divided into nodes."""

@@ -346,7 +346,10 @@ def test_a_full_disk_interrupts_writing_with_one_warning_and_loses_nothing(
     assert all(path.is_symlink() for path in disk.folder.glob("*/*"))
 
 
-def test_writing_is_tried_again_now_and_then_until_it_succeeds(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fails_between_blocks", [False, True])
+def test_writing_is_tried_again_now_and_then_until_it_succeeds(
+    disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fails_between_blocks: bool
+) -> None:
     def write(ids: list[int], *, is_time: bool) -> int:
         if is_time:
             disk.store._next_try_s = 0.0
@@ -355,6 +358,10 @@ def test_writing_is_tried_again_now_and_then_until_it_succeeds(disk: Disk, caplo
         return len(disk.files)
 
     cache = disk.open()
+    if fails_between_blocks:
+        # The writer has failed at a block before the next one, which was found to be writable, is queued.
+        queue = disk.store.write
+        monkeypatch.setattr(disk.store, "write", lambda *block: disk.store.wait(WAIT_S) and queue(*block))
     (folder,) = disk.folder.iterdir()
     folder.rmdir()
     folder.touch()  # Nothing can be written into a file.
