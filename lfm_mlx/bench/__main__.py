@@ -26,11 +26,12 @@ from lfm_mlx.bench.peer import PEERS
 from lfm_mlx.bench.plot import plot_decode, plot_serving
 from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
+from lfm_mlx.bench.served_side import serve_as_rank
 from lfm_mlx.bench.serving_speed import ask_serving
 from lfm_mlx.bench.shapes import SHAPES
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
 from lfm_mlx.bench.synthetic import TAILS, write_synthetic
-from lfm_mlx.distributed import Mode, is_first_rank
+from lfm_mlx.distributed import is_first_rank, launched_world, leave_quietly
 from lfm_mlx.errors import OptionError
 from lfm_mlx.terminal import format_bytes, run
 
@@ -57,12 +58,20 @@ NUMBERS: Any = {"callback": read_numbers, "metavar": "N,N,..."}
 COUNT = click.IntRange(1, MOST)
 
 
+def parallel_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that let ranks share the model; all of them then ask the question, and rank 0 reports."""
+    function = click.option("--expert-parallel", type=COUNT, help="The same, with experts dealt out whole.")(function)
+    told = "Ranks that share every matrix, under mlx.launch."
+    return click.option("--tensor-parallel", type=COUNT, help=told)(function)
+
+
 def subject_options(shapes: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options that name the model; `shapes` is the default geometry, None what suits the machine."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         told = "what this machine can run in minutes" if shapes is None else shapes
         for option in (
+            parallel_options,
             click.option("--peer", type=click.Choice(PEERS), help="Do the same work with it too, taking turns."),
             click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantise keys and values."),
             click.option("--bits", type=click.Choice(["4", "8", "16"]), default="4", help="Bits of made-up weights."),
@@ -105,8 +114,8 @@ def kernels(
         _refuse_others(context, "verify")
         _finish(ask_kernel_trials())
         return
-    subject = _subject(LARGE_SHAPES, **named)
-    _finish(ask_launches(subject, **_given(contexts=contexts, batch_sizes=batch_sizes)))
+    subject, measured = _split({"contexts": contexts, "batch_sizes": batch_sizes, **named}, LARGE_SHAPES)
+    _finish(ask_launches(subject, **measured), subject)
 
 
 @group.command()
@@ -114,10 +123,10 @@ def kernels(
 @click.option("--batch-sizes", **NUMBERS, help="Numbers of rows.")
 @click.option("--repeats", type=COUNT, help="Timed steps of each side and batch size.")
 @click.option("--grown-to", type=COUNT, help="Context up to which traces are counted.")
-def host(batch_sizes: tuple[int, ...] | None, repeats: int | None, grown_to: int | None, **named: Any) -> None:
+def host(**options: Any) -> None:
     """Python time to build a decode step, and traces while a context grows; runs nothing and needs no weights."""
-    subject = _subject(LARGE_SHAPES, **named)
-    _finish(ask_host_time(subject, **_given(batch_sizes=batch_sizes, repeats=repeats, grown_to=grown_to)))
+    subject, measured = _split(options, LARGE_SHAPES)
+    _finish(ask_host_time(subject, **measured), subject)
 
 
 @group.command()
@@ -130,10 +139,7 @@ def host(batch_sizes: tuple[int, ...] | None, repeats: int | None, grown_to: int
 def decode(plot: Path | None, **options: Any) -> None:
     """Tokens/s of decoding, bytes read a second, and share of the roofline."""
     subject, measured = _split(options)
-    report = ask_decode_speed(subject, **measured)
-    if plot is not None:
-        plot_decode(report, plot)
-    _finish(report)
+    _finish(ask_decode_speed(subject, **measured), subject, plot_decode, plot)
 
 
 @group.command()
@@ -144,7 +150,7 @@ def decode(plot: Path | None, **options: Any) -> None:
 def prefill(**options: Any) -> None:
     """Tokens/s of taking prompts in."""
     subject, measured = _split(options)
-    _finish(ask_prefill_speed(subject, **measured))
+    _finish(ask_prefill_speed(subject, **measured), subject)
 
 
 @group.command()
@@ -180,7 +186,7 @@ def memory(**options: Any) -> None:
     subject, measured = _split(options)
     if subject.peer:
         raise OptionError("peer is mlx-lm, but memory measures this process alone; leave --peer out")
-    _finish(ask_memory(subject, **measured))
+    _finish(ask_memory(subject, **measured), subject)
 
 
 @group.command()
@@ -235,12 +241,16 @@ def loops(model: Path, texts: Path | None, files: int | None, tokens: int | None
 @click.option("--long-tokens", type=COUNT, help="Tokens of a prompt that comes while streams are read.")
 @click.option("--option", "options", multiple=True, help="Word for this server's command line; may be repeated.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw speed and gaps against clients.")
+@parallel_options
 def serving(model: str, peer: str | None, plot: Path | None, **options: Any) -> None:
     """Servers from outside: first token, gaps between tokens, throughput, prefixes, a long prompt among streams."""
-    report = ask_serving(model, has_peer=peer is not None, **_given(**options))
-    if plot is not None:
-        plot_serving(report, plot)
-    _finish(report)
+    subject, measured = _split(
+        {**dict.fromkeys(("shapes", "kv_bits")), "bits": "4", "model": model, "peer": peer, **options}
+    )
+    if subject.num_ranks > 1 and launched_world(subject.num_ranks, subject.mode).rank > 0:
+        serve_as_rank(subject, measured["options"])
+    else:
+        _finish(ask_serving(subject, **measured), None, plot_serving, plot)
 
 
 @group.command()
@@ -250,58 +260,68 @@ def serving(model: str, peer: str | None, plot: Path | None, **options: Any) -> 
 @click.option("--batch-sizes", **NUMBERS, help="Plan: numbers of rows.")
 @click.option("--chip", help="Plan: of every machine, as in M4 Pro.")
 @click.option("--teraflops", type=click.FloatRange(0.01), help="Plan: of its matrix products.")
-@click.option("--tensor-parallel", type=COUNT, help="Ranks launched with mlx.launch: measure what they send and hold.")
-@click.option("--expert-parallel", type=COUNT, help="The same, with experts dealt out whole.")
 @click.option("--prompt-tokens", "prompt_len", type=COUNT, help="Tokens of a prompt that is measured.")
 @click.option("--rows", "batch_size", type=COUNT, help="Prompts.")
 @click.option("--steps", "num_steps", type=COUNT, help="Tokens decoded behind them.")
-def distributed(plan: bool, tensor_parallel: int | None, expert_parallel: int | None, **options: Any) -> None:
-    """What several machines would bring, on paper; or what ranks on this one send and hold."""
+def distributed(plan: bool, **options: Any) -> None:
+    """What several machines would bring, on paper; or what ranks that were launched send and hold."""
     paper = {name: options.pop(name) for name in ("context", "batch_sizes", "chip", "teraflops")}
-    named = {name: options.pop(name) for name in ("model", "shapes", "bits", "kv_bits", "peer")}
-    if named["peer"]:
+    subject, measured = _split(options, LARGE_SHAPES)
+    if subject.peer:
         raise OptionError("peer is mlx-lm, but ranks are compared with the plan alone; leave --peer out")
-    subject, sizes = _subject(LARGE_SHAPES, **named), _given(tensor=tensor_parallel, expert=expert_parallel)
-    if plan == bool(sizes) or len(sizes) > 1:
+    if plan == (subject.num_ranks > 1):
         raise click.UsageError("give one of --plan, --tensor-parallel N and --expert-parallel N")
-    wrong = _given(**(options if plan else paper))
+    wrong = measured if plan else _given(**paper)
     if wrong:
         raise click.UsageError(f"{', '.join(wrong)} belong to {'a measurement' if plan else '--plan'}; leave them out")
     if plan:
         _finish(ask_distributed_plan(subject, **_given(**paper)))
-        return
-    ((_, size),) = sizes.items()
-    mode: Mode = "tensor" if expert_parallel is None else "expert"
-    report = ask_distributed_run(subject, size=size, mode=mode, **_given(**options))
-    if is_first_rank():
-        _finish(report)
+    else:
+        _finish(ask_distributed_run(subject, **measured), subject)
 
 
 command = group
 """What ``lfm-mlx bench`` calls."""
 
 
-def _split(options: dict[str, Any]) -> tuple[Subject, dict[str, Any]]:
-    named = {name: options.pop(name) for name in ("model", "shapes", "bits", "kv_bits", "peer")}
-    return _subject(None, **named), _given(**options)
+_NAMING = ("model", "shapes", "bits", "kv_bits", "peer", "tensor_parallel", "expert_parallel")
+
+
+def _split(options: dict[str, Any], default: str | None = None) -> tuple[Subject, dict[str, Any]]:
+    """What is asked about, and what is asked; of ranks that were launched together, only the first one complains."""
+    named = {name: options.pop(name) for name in _NAMING}
+    try:
+        return _subject(default, asked=_given(**options), **named), _given(**options)
+    except (OptionError, click.UsageError):
+        if not is_first_rank():
+            leave_quietly()
+        raise
 
 
 def _subject(
     default: str | None,
+    asked: dict[str, Any],
     model: str | None,
     shapes: str | None,
     bits: str,
     kv_bits: str | None,
     peer: str | None,
+    tensor_parallel: int | None,
+    expert_parallel: int | None,
 ) -> Subject:
     if model is not None and shapes is not None:
         raise click.UsageError("give either --model or --shapes")
+    if (tensor_parallel or 1) > 1 and (expert_parallel or 1) > 1:
+        raise click.UsageError("give either --tensor-parallel or --expert-parallel")
     return Subject(
         shapes=shapes or default or default_shapes(),
         model=model,
         bits=int(bits),
         kv_bits=int(kv_bits) if kv_bits else None,
         peer=peer is not None,
+        num_ranks=max(tensor_parallel or 1, expert_parallel or 1),
+        mode="expert" if (expert_parallel or 1) > 1 else "tensor",
+        asked=asked,
     )
 
 
@@ -321,7 +341,16 @@ def _refuse_others(context: click.Context, name: str) -> None:
         raise click.UsageError(f"--{name} takes no other options, found {', '.join(given)}; leave out one or the other")
 
 
-def _finish(report: Report) -> None:
+def _finish(
+    report: Report,
+    subject: Subject | None = None,
+    plot: Callable[[Report, Path], None] | None = None,
+    file: Path | None = None,
+) -> None:
+    if subject is not None and subject.is_answered_elsewhere():
+        return
+    if plot is not None and file is not None:
+        plot(report, file)
     report.show()
     report.print_json()
 

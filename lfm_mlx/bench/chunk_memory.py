@@ -11,6 +11,7 @@ import click
 import mlx.core as mx
 
 from lfm_mlx.cache import AttentionCache, KVCache, QuantizedKVCache, Span, State
+from lfm_mlx.distributed import is_first_rank
 from lfm_mlx.memory import release_freed
 from lfm_mlx.model import Model, MoE
 
@@ -53,7 +54,9 @@ def chunk_transients(model: Model, state: State, num_tokens: int) -> Iterator[tu
         What was computed, such as "attention, experts", and the bytes. Attention comes last, as it takes longest.
     """
     lengths = tuple(length - num_tokens for length in state.lengths)
-    tokens = mx.random.randint(0, model.config.vocab_size, (state.batch_size, num_tokens), dtype=mx.int32)
+    tokens = mx.random.randint(
+        0, model.config.vocab_size, (state.batch_size, num_tokens), key=mx.random.key(num_tokens)
+    )
     mx.eval(tokens)
     for kind, layer in _one_of_each(model).items():
         alone = Model(
@@ -65,7 +68,8 @@ def chunk_transients(model: Model, state: State, num_tokens: int) -> Iterator[tu
             dtype=model.dtype,
         )
         before = State([state.layers[layer]], lengths, state.max_context)
-        click.echo(f"  computing {num_tokens:,} tokens in one layer: {kind}", err=True)
+        if is_first_rank():
+            click.echo(f"  computing {num_tokens:,} tokens in one layer: {kind}", err=True)
         release_freed()
         held = mx.get_active_memory()
         mx.reset_peak_memory()

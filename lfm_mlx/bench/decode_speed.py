@@ -63,6 +63,7 @@ def ask_decode_speed(
         notes=(
             f"roofline: {roof.gb_per_s:.0f} GB/s ({roof.source}) over the bytes a step has to read: weights of the",
             "experts expected to be chosen, the other weights, keys and values. share: lfm_mlx of the roofline.",
+            *(["Bytes, GB/s and roofline are those of one rank and its part."] if subject.num_ranks > 1 else []),
         ),
     )
 

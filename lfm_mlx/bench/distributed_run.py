@@ -13,22 +13,9 @@ import mlx.core as mx
 
 from lfm_mlx.bench.memory_use import process_peak_bytes
 from lfm_mlx.bench.report import Report
-from lfm_mlx.bench.shapes import RandomWeights
 from lfm_mlx.bench.subject import Subject
-from lfm_mlx.build import build_model
-from lfm_mlx.distributed import (
-    Mode,
-    Ranks,
-    ShardedWeights,
-    check_size,
-    join_ranks,
-    local_config,
-    ranks_of,
-    set_ranks,
-    shard,
-)
+from lfm_mlx.distributed import Ranks, ranks_of
 from lfm_mlx.distributed.wire import Traffic, draw_traffic, layers_traffic, step_traffic
-from lfm_mlx.load import load
 from lfm_mlx.model import Model
 from lfm_mlx.step import stepper_of
 from lfm_mlx.terminal import format_bytes
@@ -37,20 +24,16 @@ SENT_AT, RESENT_AT = 200, 208
 """Where Linux's tcp_info has the bytes that a connection sent, and those of them that it sent again."""
 
 
-def ask_distributed_run(
-    subject: Subject, *, size: int, mode: Mode, prompt_len: int = 64, batch_size: int = 2, num_steps: int = 8
-) -> Report:
+def ask_distributed_run(subject: Subject, *, prompt_len: int = 64, batch_size: int = 2, num_steps: int = 8) -> Report:
     """Load a model on all ranks, take prompts in, decode; compare bytes with the plan's.
 
     Args:
-        subject: which model.
-        size: ranks that were launched.
-        mode: how it is cut.
+        subject: which model, on the ranks that were launched.
         prompt_len: tokens of each prompt, computed at once.
         batch_size: prompts.
         num_steps: tokens decoded behind them.
     """
-    model = _load(subject, size, mode)
+    model, size = subject.to_hold(), subject.num_ranks
     ranks = ranks_of(model)
     assert ranks is not None
     stepper = stepper_of(model)
@@ -81,9 +64,9 @@ def ask_distributed_run(
     }
     return Report(
         question="distributed",
-        parameters={**subject.parameters, "ranks": size, "mode": mode, "prompt_len": prompt_len, "rows": batch_size},
+        parameters={**subject.parameters, "prompt_len": prompt_len, "rows": batch_size},
         results={"phases": found, "rank 0": memory},
-        title=f"{size} ranks ({mode}), {batch_size} x {prompt_len} tokens, then {num_steps} each, {subject.name}",
+        title=f"What ranks send and hold, {batch_size} x {prompt_len} tokens, then {num_steps} each, {subject.name}",
         header=["rank 0", "seconds", "collectives", "planned", "sent"],
         rows=[
             [
@@ -101,18 +84,6 @@ def ask_distributed_run(
             "sent: by the connections of mlx.distributed, as Linux counts them; - where the system does not tell.",
         ],
     )
-
-
-def _load(subject: Subject, size: int, mode: Mode) -> Model:
-    if subject.model is not None:
-        return load(subject.model, **{f"{mode}_parallel": size}).model  # type: ignore[arg-type]
-    weights = RandomWeights(subject.config, subject.bits)
-    dtype = subject.made_up_dtype()
-    ranks = join_ranks(size, mode, {"shapes": subject.shapes, "bits": subject.bits})
-    check_size(weights.config, weights, size, mode)
-    built = build_model(local_config(weights.config, ranks.part), ShardedWeights(weights, ranks.part), dtype)
-    set_ranks(shard(built, ranks.group, ranks.part), ranks)
-    return built
 
 
 def _prompts_traffic(model: Model, size: int, batch_size: int, prompt_len: int) -> Traffic:

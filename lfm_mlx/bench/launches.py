@@ -8,6 +8,7 @@ A node of the graph is one launch, with these exceptions, read in MLX's Metal so
 * Writing into an array (SliceUpdate, ScatterAxis) is one launch, as its input is given away.
 * Operations of `mx.fast`, `mx.dequantize` and `mx.quantize` are one launch. MLX's CPU backend expands them into many
   nodes, so while counting each is replaced by a stand-in of one node (`stand_ins`), on every backend alike.
+* What ranks add up or gather counts as one launch, though the processor does it and the GPU waits.
 * A fused kernel of our own is one launch. Without Metal it cannot even be put into a graph, so there a stand-in of one
   node takes its place too, with the same inputs and outputs, and it is assumed to have passed its trial.
 
@@ -85,6 +86,8 @@ KINDS = {
     "Full": "copy",
     "Convolution": "convolution",
     "Reduce": "reduction",
+    "AllReduce": "collective",
+    "AllGather": "collective",
 }
 """What a primitive does in a decode step; all others are elementwise. Scans and sorts are stand-ins (`stand_ins`)."""
 
@@ -165,7 +168,8 @@ def read_graph(outputs: Sequence[mx.array], named: Mapping[str, mx.array] | None
     # A node's edges follow it. Its number does not tell it from others: all calls of a compiled function share one.
     for line in text.splitlines():
         if match := _NODE.match(line):
-            nodes.append(Node(primitive=match["primitive"].split()[0]))  # "View uint32"
+            words = match["primitive"].split()  # "View uint32", "Sum AllReduce"
+            nodes.append(Node(primitive=words[-1] if words[-1] == "AllReduce" else words[0]))
         elif match := _INPUT.match(line):
             nodes[-1].inputs.append(match["array"])
         elif match := _OUTPUT.match(line):
@@ -218,7 +222,7 @@ def stand_ins(*, is_linked: bool = True, are_kernels_real: bool = False) -> Iter
         is_linked: whether norm, rope, attention and fused kernels depend on all their inputs, which takes a second
             node; without, they are one node of one input, and cost about as much to build as the real ones.
         are_kernels_real: whether fused kernels are put into the graph themselves where there is no Metal, which works
-            only within `mx.export_function`.
+            only within `mx.export_function`; what ranks do together, it cannot export, and stand-ins take its place.
     """
     replaced: dict[tuple[Any, str], Any] = {
         (mx.fast, "rms_norm"): _norm if is_linked else _light_norm,
@@ -234,6 +238,9 @@ def stand_ins(*, is_linked: bool = True, are_kernels_real: bool = False) -> Iter
         replaced[FusedKernel, "verdict"] = lambda kernel, case, is_forced: PASSED
         if not are_kernels_real:
             replaced[MetalKernel, "launch"] = _launch if is_linked else _light_launch
+    if are_kernels_real:
+        replaced[mx.distributed, "all_sum"] = lambda x, group: mx.sort(x, axis=-1)
+        replaced[mx.distributed, "all_gather"] = lambda x, group: mx.concatenate([x] * group.size())
     originals = {place: getattr(*place) for place in replaced}
     for (module, name), stand_in in replaced.items():
         setattr(module, name, stand_in)

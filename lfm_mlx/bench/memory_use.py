@@ -13,12 +13,11 @@ from lfm_mlx.bench.chunk_memory import chunk_transients, fill_with_random
 from lfm_mlx.bench.machine import backend
 from lfm_mlx.bench.memory_growth import watch_growth
 from lfm_mlx.bench.report import Report
-from lfm_mlx.bench.shapes import RandomWeights, made_up_model
 from lfm_mlx.bench.sides import Ours, Rows
 from lfm_mlx.bench.subject import Subject
 from lfm_mlx.cache import ConvState
+from lfm_mlx.engine import follow
 from lfm_mlx.errors import OptionError
-from lfm_mlx.load import load
 from lfm_mlx.memory import MemoryPlan, plan_memory, prefill_chunk_tokens, release_freed, set_memory_limits
 from lfm_mlx.model import Model
 from lfm_mlx.terminal import format_bytes
@@ -88,7 +87,8 @@ def ask_memory(
     if num_tokens is not None:
         held.clear()
         del rows
-        growth += watch_growth(model, num_tokens, kv_bits=subject.kv_bits)
+        if not follow(model):
+            growth += watch_growth(model, num_tokens, kv_bits=subject.kv_bits)
     return Report(
         question="memory",
         parameters={**subject.parameters, "context": context, "computed": prompt, "batch_size": batch_size},
@@ -108,7 +108,10 @@ def ask_memory(
             *_chunk_rows(transients, found),
             *_growth_rows(growth),
         ],
-        notes=NOTES,
+        notes=(
+            *NOTES,
+            *(["All numbers are rank 0's, and the plan is that of its part."] if subject.num_ranks > 1 else []),
+        ),
     )
 
 
@@ -151,11 +154,10 @@ def _phase(name: str, run: Callable[[], object]) -> dict[str, Any]:
 
 
 def _make(subject: Subject) -> Model:
-    if subject.model is not None:
-        return load(subject.model).model
-    dtype = subject.made_up_dtype()
-    set_memory_limits(plan_memory(subject.config, weight_bytes=0, context=CONTEXT, dtype=dtype))
-    return made_up_model(RandomWeights(subject.config, subject.bits), dtype)
+    if subject.model is None:
+        dtype = subject.made_up_dtype()
+        set_memory_limits(plan_memory(subject.config, weight_bytes=0, context=CONTEXT, dtype=dtype))
+    return subject.to_hold()
 
 
 def _new_rows(ours: Ours, batch_size: int, context: int, prompt: int) -> Rows:
@@ -165,7 +167,7 @@ def _new_rows(ours: Ours, batch_size: int, context: int, prompt: int) -> Rows:
 
 
 def _prefill(ours: Ours, rows: Rows, prompt: int, chunk: int) -> None:
-    tokens = mx.random.randint(0, ours.config.vocab_size, (rows.state.batch_size, prompt), dtype=mx.int32)
+    tokens = mx.random.randint(0, ours.config.vocab_size, (rows.state.batch_size, prompt), key=mx.random.key(prompt))
     mx.eval(ours.stepper.prefill(rows.state, tokens, chunk_size=chunk))
 
 

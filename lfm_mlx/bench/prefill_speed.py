@@ -42,7 +42,12 @@ def ask_prefill_speed(
     ours = sides[0]
     assert isinstance(ours, Ours)
     peak = measure_matmul(ours.model.dtype)
-    cases = [_measure(sides, batch_size, length, repeats, peak) for batch_size in batch_sizes for length in chosen]
+    config, share = subject.config, 1 / subject.num_ranks
+    cases = [
+        _measure(sides, batch_size, length, repeats, peak, share * prefill_operations(config, length))
+        for batch_size in batch_sizes
+        for length in chosen
+    ]
     names = [side.name for side in sides]
     return Report(
         question="prefill",
@@ -56,11 +61,16 @@ def ask_prefill_speed(
         title=f"Prefill speed in tokens/s of all rows, {subject.name}",
         header=["rows x tokens", *names, "TFLOP/s", "share", *(["ratio"] if len(names) > 1 else [])],
         rows=[_table_row(case, names) for case in cases],
-        notes=(f"share: of {peak:.3g} TFLOP/s, what a large unquantised matrix product reached here.",),
+        notes=(
+            f"share: of {peak:.3g} TFLOP/s, what a large unquantised matrix product reached here.",
+            *(["TFLOP/s: of one rank, all of them doing an equal part."] if subject.num_ranks > 1 else []),
+        ),
     )
 
 
-def _measure(sides: Sequence[Side], batch_size: int, length: int, repeats: int, peak: float) -> dict[str, Any]:
+def _measure(
+    sides: Sequence[Side], batch_size: int, length: int, repeats: int, peak: float, operations: float
+) -> dict[str, Any]:
     vocab_size = sides[0].config.vocab_size
     tokens = mx.random.randint(0, vocab_size, (batch_size, length), dtype=mx.int32, key=mx.random.key(length))
     mx.eval(tokens)
@@ -72,7 +82,7 @@ def _measure(sides: Sequence[Side], batch_size: int, length: int, repeats: int, 
                 seconds.append(taken)
     medians = [statistics.median(seconds) for seconds in times]
     speeds = {side.name: batch_size * length / median for side, median in zip(sides, medians, strict=True)}
-    achieved = batch_size * prefill_operations(sides[0].config, length) / medians[0] / 1e12
+    achieved = batch_size * operations / medians[0] / 1e12
     return {
         "batch_size": batch_size,
         "length": length,

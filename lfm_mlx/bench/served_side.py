@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lfm_mlx.bench.subject import Subject
 from lfm_mlx.errors import LfmError
+from lfm_mlx.server.__main__ import command as server_command
 
 START_S = 300.0
 """Within which a server has to have loaded its model."""
@@ -40,21 +42,31 @@ PLAIN: Mapping[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_
 
 
 @contextlib.contextmanager
-def serve_both(model: str, *, has_peer: bool, options: Sequence[str] = ()) -> Iterator[list[ServedSide]]:
+def serve_both(model: str, subject: Subject, options: Sequence[str] = ()) -> Iterator[list[ServedSide]]:
     """This server, and mlx-lm's beside it where that is wanted; both end with the block.
 
     Args:
-        model: folder or repo id of a checkpoint.
-        has_peer: whether mlx-lm serves it too.
+        model: folder or repo id of the checkpoint.
+        subject: who serves it; of several ranks, this process is 0.
         options: further ones of this server.
     """
     with contextlib.ExitStack() as stack:
-        ours = [sys.executable, "-m", "lfm_mlx.server", "--model", model, "--log-level", "warning", *options]
+        ours = [sys.executable, "-m", "lfm_mlx.server", *_server_options(model, subject, options)]
         sides = [ServedSide(name="lfm_mlx", port=stack.enter_context(_running(ours)), fields=PLAIN)]
-        if has_peer:
+        if subject.peer:
             peer = [sys.executable, "-m", "mlx_lm", "server", "--model", model, "--log-level", "WARNING"]
             sides.append(ServedSide(name="mlx-lm", port=stack.enter_context(_running(peer)), fields={"model": model}))
         yield sides
+
+
+def serve_as_rank(subject: Subject, options: Sequence[str] = ()) -> None:
+    """On a rank other than 0: share the model with the server that rank 0 starts, until that ends."""
+    server_command.main(_server_options(str(subject.model), subject, options), standalone_mode=False)
+
+
+def _server_options(model: str, subject: Subject, options: Sequence[str]) -> list[str]:
+    ranks = [f"--{subject.mode}-parallel", str(subject.num_ranks)] if subject.num_ranks > 1 else []
+    return ["--model", model, "--log-level", "warning", *ranks, *options]
 
 
 @contextlib.contextmanager

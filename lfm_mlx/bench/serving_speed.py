@@ -13,8 +13,8 @@ from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.served_prompts import Prompts, after_call
 from lfm_mlx.bench.served_side import ServedSide, serve_both
 from lfm_mlx.bench.served_stream import Heard, ask, ask_all
+from lfm_mlx.bench.subject import Subject
 from lfm_mlx.config import read_config
-from lfm_mlx.hub import fetch
 from lfm_mlx.tokenizer import load_tokenizer
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
@@ -29,9 +29,8 @@ SETTLE_S = 3.0
 
 
 def ask_serving(
-    model: str,
+    subject: Subject,
     *,
-    has_peer: bool = False,
     clients: Sequence[int] = CLIENTS,
     rounds: int = ROUNDS,
     prompt_tokens: int = PROMPT_TOKENS,
@@ -43,8 +42,7 @@ def ask_serving(
     """Start servers on a checkpoint and ask them the same things, taking turns; only one of them works at a time.
 
     Args:
-        model: folder or repo id of a checkpoint.
-        has_peer: whether mlx-lm's server is asked too.
+        subject: a checkpoint, and whether mlx-lm's server is asked too; of several ranks, this process is 0.
         clients: numbers of clients that ask at once, each a new question when it has its answer.
         rounds: questions of each client; repeats of the questions about prefixes.
         prompt_tokens: of a question.
@@ -53,11 +51,11 @@ def ask_serving(
         long_tokens: of a prompt that comes while others read; None takes 30,000, or what the context has room for.
         options: further ones of the server.
     """
-    folder = fetch(model)
+    folder, has_peer = subject.folder, subject.peer
     context = read_config(folder).max_context
     long = long_tokens or min(LONG_TOKENS, context // 2)
     prompts = Prompts(load_tokenizer(folder))
-    with serve_both(str(folder), has_peer=has_peer, options=options) as sides:
+    with serve_both(str(folder), subject, options) as sides:
         for side in sides:
             _warm_up(side, prompts, max(clients), answer_tokens)
         loads = [_load(sides, prompts, number, rounds, prompt_tokens, answer_tokens) for number in clients]
@@ -67,8 +65,7 @@ def ask_serving(
     return Report(
         question="serving",
         parameters={
-            "model": model,
-            "peer": has_peer,
+            **subject.parameters,
             "clients": list(clients),
             "rounds": rounds,
             "prompt_tokens": prompt_tokens,
@@ -78,7 +75,7 @@ def ask_serving(
             "options": list(options),
         },
         results={"load": loads, "first_token_ms": prefixes, "long_prompt": disturbed},
-        title=f"Serving, {model}",
+        title=f"Serving, {subject.name}",
         header=["", *names, *(["ratio"] if has_peer else [])],
         rows=list(_table(loads, prefixes, disturbed, names)),
         notes=(

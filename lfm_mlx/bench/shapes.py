@@ -14,6 +14,7 @@ import numpy as np
 
 from lfm_mlx import build
 from lfm_mlx.config import ModelConfig, Quantization
+from lfm_mlx.distributed import Cut, RankPart, Ranks, ShardedWeights, check_size, local_config, set_ranks, shard
 from lfm_mlx.errors import OptionError
 from lfm_mlx.model import Model
 from lfm_mlx.names import Shape, expected_tensors, is_matrix, is_router
@@ -110,9 +111,13 @@ def config_named(name: str) -> ModelConfig:
 
 
 class MadeUp(Protocol):
-    """Made-up weights: `lfm_mlx.build.Weights`, and the config that they are of."""
+    """Made-up weights: `lfm_mlx.build.Weights`, the config that they are of, and parts of them."""
 
     config: ModelConfig
+
+    def tensor_part(self, name: str, cut: Cut, part: RankPart) -> mx.array:
+        """One rank's part of the tensor, made without the rest."""
+        ...
 
     def has(self, name: str) -> bool:
         """As `lfm_mlx.build.Weights.has`."""
@@ -164,6 +169,11 @@ class _Storage:
             return (*shape[:-1], shape[-1] * stored.bits // 32), mx.uint32
         return (*shape[:-1], shape[-1] // stored.group_size), mx.bfloat16
 
+    def _part_shape(self, name: str, cut: Cut, part: RankPart) -> Shape:
+        shape = list(self._stored_as(name)[0])
+        shape[cut.axis] = sum(map(len, cut.ranges(shape[cut.axis], part)))
+        return tuple(shape)
+
 
 class ViewWeights(_Storage):
     """Zeros that take no memory, at any size: to build steps with, not to run them."""
@@ -172,25 +182,35 @@ class ViewWeights(_Storage):
         """The tensor: one number, seen as an array of the right shape."""
         return view_of(*self._stored_as(name))
 
+    def tensor_part(self, name: str, cut: Cut, part: RankPart) -> mx.array:
+        """As `MadeUp.tensor_part`."""
+        return view_of(self._part_shape(name, cut, part), self._stored_as(name)[1])
+
 
 class RandomWeights(_Storage):
     """Random numbers, scaled so that activations stay finite through all layers; the same for the same name."""
 
     def tensor(self, name: str) -> mx.array:
         """The tensor; codes are drawn at once."""
-        shape, dtype = self._stored_as(name)
+        return self._drawn(name, self._stored_as(name)[0], zlib.crc32(name.encode()))
+
+    def tensor_part(self, name: str, cut: Cut, part: RankPart) -> mx.array:
+        """As `MadeUp.tensor_part`; numbers of its own, not those of the whole tensor."""
+        return self._drawn(name, self._part_shape(name, cut, part), zlib.crc32(f"{name} {part.rank}".encode()))
+
+    def _drawn(self, name: str, shape: Shape, seed: int) -> mx.array:
+        whole, dtype = self._stored_as(name)
         path, _, part = name.rpartition(".")
-        key = mx.random.key(zlib.crc32(name.encode()))
         if part in ("scales", "biases"):
             return mx.full(shape, self._scale(path) * (1.0 if part == "scales" else self._offset(path)), dtype=dtype)
         if dtype == mx.uint32:
             # MLX draws integers through float32: four times the bytes, which would be the peak of what is measured.
-            generator = np.random.default_rng(zlib.crc32(name.encode()))
+            generator = np.random.default_rng(seed)
             return mx.array(np.frombuffer(generator.bytes(4 * math.prod(shape)), dtype=np.uint32).reshape(shape))
         if name.endswith("norm.weight"):
             return mx.ones(shape, dtype=dtype)
-        width = 0.01 if part == "expert_bias" else 0.5 if name.endswith(".conv.conv.weight") else shape[-1] ** -0.5
-        return (mx.random.normal(shape, key=key) * width).astype(dtype)
+        width = 0.01 if part == "expert_bias" else 0.5 if name.endswith(".conv.conv.weight") else whole[-1] ** -0.5
+        return (mx.random.normal(shape, key=mx.random.key(seed)) * width).astype(dtype)
 
     def _scale(self, path: str) -> float:
         """The step between codes that gives a matrix of D columns about the standard deviation 1 / sqrt(D).
@@ -217,6 +237,21 @@ def made_up_model(weights: MadeUp, dtype: mx.Dtype) -> Model:
     """Our model of made-up weights; of views it takes no memory."""
     with _joining_views() if isinstance(weights, ViewWeights) else contextlib.nullcontext():
         return build.build_model(weights.config, weights, dtype)
+
+
+def made_up_part(weights: MadeUp, dtype: mx.Dtype, ranks: Ranks) -> Model:
+    """`made_up_model` on several ranks: this one's part.
+
+    Raises:
+        OptionError: the model cannot be cut into so many parts.
+    """
+    part = ranks.part
+    check_size(weights.config, weights, part.size, part.mode)
+    with _joining_views() if isinstance(weights, ViewWeights) else contextlib.nullcontext():
+        mine = ShardedWeights(weights, part, weights.tensor_part)
+        built = build.build_model(local_config(weights.config, part), mine, dtype)
+    set_ranks(shard(built, ranks.group, part), ranks)
+    return built
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from lfm_mlx.bench.shapes import view_of
 from lfm_mlx.cache import ConvState, State
 from lfm_mlx.config import ModelConfig
+from lfm_mlx.distributed import ranks_of
 from lfm_mlx.model import Model
 from lfm_mlx.sampling import Sampler
 from lfm_mlx.step import Stepper
@@ -84,6 +85,7 @@ class Ours:
         self.config = model.config
         self.stepper = Stepper(model, is_compiled=is_compiled)
         self.kv_bits = kv_bits
+        self._ranks = ranks_of(model)
 
     def new_rows(
         self, lengths: Sequence[int], *, capacity: int, params: SamplingParams = GREEDY, is_view: bool = False
@@ -109,7 +111,7 @@ class Ours:
         """As `Side.sample`."""
         sampled = self.stepper.decode_and_sample(rows.state, tokens, rows.sampler, rows.sampler_state)
         rows.sampler_state = sampled.sampler_state
-        return sampled.ids
+        return sampled.ids if self._ranks is None else self._ranks.share(sampled.ids)
 
     def prefill(self, rows: Rows, tokens: mx.array) -> mx.array:
         """As `Side.prefill`."""

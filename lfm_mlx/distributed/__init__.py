@@ -6,7 +6,7 @@ from lfm_mlx.distributed.part_file import read_ranges
 from lfm_mlx.distributed.ranks import Ranks, free_bytes, join_ranks, ranks_of, set_ranks
 from lfm_mlx.distributed.shard import shard
 from lfm_mlx.distributed.sharded_weights import ShardedWeights, take_part
-from lfm_mlx.distributed.world import World, is_first_rank
+from lfm_mlx.distributed.world import World, is_first_rank, launched_world, leave_quietly
 
 __all__ = [
     "Cut",
@@ -22,6 +22,8 @@ __all__ = [
     "free_bytes",
     "is_first_rank",
     "join_ranks",
+    "launched_world",
+    "leave_quietly",
     "local_config",
     "part_bytes",
     "ranks_of",

@@ -189,6 +189,11 @@ class Link:
         """Other ranks: rank 0's next note; waits for it."""
         return self.peers[0].notes.get()
 
+    def wait_for_end(self) -> None:
+        """Other ranks: wait until rank 0 ends the run in good order."""
+        while not self.peers[0].is_ended:
+            self.receive()
+
     def agree(self, facts: Mapping[str, object]) -> None:
         """Compare what all ranks have to have alike; all of them call it, and go on together.
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lfm_mlx.distributed.cut import Mode
 from lfm_mlx.errors import OptionError
+
+QUIET_S = 3.0
+"""A launcher ends all ranks when one has failed: rank 0 has so long to tell why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def launched_world(size: int, mode: Mode) -> World:
     world = read_world()
     found = world.size if world is not None else 1
     if world is not None and found != size and world.rank > 0:
-        sys.exit(1)  # Rank 0 tells why.
+        leave_quietly()
     if world is None or found != size:
         processes = "1 process was" if found == 1 else f"{found} processes were"
         raise OptionError(
@@ -78,6 +82,12 @@ def launched_world(size: int, mode: Mode) -> World:
             f"mlx.launch --hostfile FILE -- ... with {size} hosts in the file"
         )
     return world
+
+
+def leave_quietly() -> NoReturn:
+    """End a rank other than 0 whose problem rank 0 has too, and tells."""
+    time.sleep(QUIET_S)
+    sys.exit(1)
 
 
 def _world(rank: int, size: int, backend: str, address: str) -> World:

@@ -1,13 +1,22 @@
-"""Two ranks, measured."""
+"""Two ranks, measured: what they send, and the questions that are asked of a model on one rank or several."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import launched, outputs
+
+from lfm_mlx.bench.__main__ import group
+from lfm_mlx.bench.decode_speed import ask_decode_speed
+from lfm_mlx.bench.shapes import config_named
+from lfm_mlx.bench.subject import Subject
+from lfm_mlx.distributed.wire import layers_traffic
+from lfm_mlx.terminal import run
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not count bytes by connection")
@@ -21,3 +30,48 @@ def test_ranks_send_what_the_plan_says(tmp_path: Path) -> None:
     for phase in phases:
         assert phase["planned_bytes"] > 0
         assert phase["sent_bytes"] == pytest.approx(phase["planned_bytes"], rel=0.02)
+
+
+def asked(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What rank 0 found when two ranks were asked; the other one says nothing."""
+    with launched(folder, "-m", "lfm_mlx.bench", *arguments, "--shapes", "tiny-moe") as ranks:
+        (code, out, err), (other_code, other_out, other_err) = outputs(ranks)
+    assert (code, other_code, other_out, other_err) == (0, 0, "", ""), err + other_err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_a_decode_step_of_two_ranks_reads_the_part_of_one(tmp_path: Path) -> None:
+    case = ["--contexts", "4", "--batch-sizes", "2", "--repeats", "1", "--tokens", "2"]
+    found = asked(tmp_path, "decode", *case, "--expert-parallel", "2")
+    assert (found["parameters"]["ranks"], found["parameters"]["mode"]) == (2, "expert")
+    whole = ask_decode_speed(Subject(shapes="tiny-moe"), contexts=[4], batch_sizes=[2], repeats=1, num_tokens=2)
+    (part,), (all_of_it,) = found["results"]["cases"], whole.results["cases"]
+    assert part["tokens_per_s"]["lfm_mlx"] > 0
+    assert 0.5 < part["step_bytes"] / all_of_it["step_bytes"] < 0.56  # Routers and norms are whole on both.
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX's CPU backend compiles with g++")
+def test_collectives_in_a_counted_step_are_those_of_the_plan(tmp_path: Path) -> None:
+    found = asked(tmp_path, "kernels", "--contexts", "4", "--batch-sizes", "1", "--tensor-parallel", "2")
+    config = config_named("tiny-moe")
+    planned = layers_traffic(config, 2, num_tokens=1, num_last=1, item_bytes=2).num_collectives + 1  # The logits' one.
+    assert found["results"]["sides"]["lfm_mlx"]["by_kind"]["collective"] == planned == 10
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "error: peer is mlx-lm, which does not share this model"), (1, "")])
+def test_a_peer_that_cannot_share_the_model_is_refused_by_rank_0_alone(
+    rank: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:1"], ["127.0.0.1:2"]]))
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    monkeypatch.setenv("MLX_RANK", str(rank))
+    monkeypatch.setattr("lfm_mlx.distributed.world.QUIET_S", 0.0)
+    monkeypatch.setattr("sys.argv", ["bench", "prefill", "--peer", "mlx-lm", "--tensor-parallel", "2"])
+    with pytest.raises(SystemExit) as end:
+        run(group, "bench")
+    found = capsys.readouterr()
+    assert (end.value.code, found.out) == (1, "")
+    assert found.err.startswith(told)
+    assert bool(found.err) == bool(told)

@@ -16,6 +16,7 @@ from lfm_mlx.bench.served_prompts import Prompts, after_call
 from lfm_mlx.bench.served_side import serve_both
 from lfm_mlx.bench.served_stream import Heard, ask
 from lfm_mlx.bench.serving_speed import ask_serving
+from lfm_mlx.bench.subject import Subject
 from lfm_mlx.errors import LfmError
 from lfm_mlx.tokenizer import load_tokenizer
 
@@ -97,7 +98,7 @@ def test_a_call_is_made_up_where_the_model_made_none() -> None:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(LfmError, match=r"(?s)did not start.*config\.json"), serve_both(str(tmp_path), has_peer=False):
+    with pytest.raises(LfmError, match=r"(?s)did not start.*config\.json"), serve_both(str(tmp_path), Subject()):
         pass
 
 
@@ -106,7 +107,13 @@ def test_a_small_run_answers_the_whole_question(monkeypatch: pytest.MonkeyPatch,
         pytest.skip("examples/tiny has no weights; `make tiny` trains them")
     monkeypatch.setattr("lfm_mlx.bench.serving_speed.SETTLE_S", 1.0)
     report = ask_serving(
-        str(TINY), clients=(2,), rounds=1, prompt_tokens=16, answer_tokens=4, prefix_tokens=300, long_tokens=100
+        Subject(model=str(TINY)),
+        clients=(2,),
+        rounds=1,
+        prompt_tokens=16,
+        answer_tokens=4,
+        prefix_tokens=300,
+        long_tokens=100,
     )
     (load,) = report.results["load"]
     assert load["lfm_mlx"]["completion_tokens"] == 8

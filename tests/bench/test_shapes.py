@@ -11,6 +11,8 @@ import pytest
 from lfm_mlx.bench.peer import made_up_peer
 from lfm_mlx.bench.shapes import SHAPES, RandomWeights, ViewWeights, config_named, made_up_model
 from lfm_mlx.bench.sides import Ours
+from lfm_mlx.distributed import RankPart, cut_of, take_part
+from lfm_mlx.distributed.cut import Mode
 from lfm_mlx.errors import OptionError
 from lfm_mlx.names import expected_tensors
 
@@ -68,3 +70,19 @@ def test_a_tensor_of_the_same_name_is_the_same_and_of_another_is_not() -> None:
     other = weights[0].tensor("model.layers.2.conv.in_proj.weight")
     assert mx.array_equal(first, again)
     assert not mx.array_equal(first, other)
+
+
+@pytest.mark.parametrize("mode", ["tensor", "expert"])
+def test_a_made_up_part_is_as_large_as_one_cut_out_of_the_whole(mode: Mode) -> None:
+    views = ViewWeights(config_named("lfm2.5-8b-a1b"))
+    drawn, part = RandomWeights(config_named("tiny-moe")), RankPart(rank=1, size=2, mode=mode)
+    for weights in (views, drawn):
+        for name in weights.shapes:
+            cut = cut_of(name, mode)
+            if cut is not None:
+                made, wanted = weights.tensor_part(name, cut, part), take_part(weights.tensor(name), cut, part)
+                assert (made.shape, made.dtype) == (wanted.shape, wanted.dtype), name
+    cut = cut_of("model.embed_tokens.weight", mode)
+    assert cut is not None
+    parts = [drawn.tensor_part("model.embed_tokens.weight", cut, RankPart(rank=rank, size=2)) for rank in (0, 1)]
+    assert not mx.array_equal(*parts)
