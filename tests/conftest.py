@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from random_models import tiny_config, tiny_dense_config, tiny_model, write_checkpoint
 
 from lfm_mlx.model import Model
+
+# Tests start many processes: where no bytecode is kept, each of them compiles the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A runner in the background may have told its children to ignore these; the tests are about what they do.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,6 @@ import mlx.core as mx
 import pytest
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.models import lfm2, lfm2_moe
-from mlx_lm.utils import quantize_model, save_model
 from random_models import (
     RandomWeights,
     Stored,
@@ -192,16 +191,19 @@ OLD_KEYS = {
     "full_attn_idxs": [1, 3],
     "rope_theta": 1e6,
 }
-FOREIGN: dict[str, tuple[Any, dict[str, Any]]] = {
-    "moe": (lfm2_moe, MOE | {"rope_theta": 1e6}),
-    "dense": (lfm2, DENSE | OLD_KEYS),
-    "dense_with_rule": (lfm2, DENSE | OLD_KEYS | {"block_auto_adjust_ff_dim": True, "block_ff_dim": 96}),
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "moe": ("lfm2_moe", MOE | {"rope_theta": 1e6}),
+    "dense": ("lfm2", DENSE | OLD_KEYS),
+    "dense_with_rule": ("lfm2", DENSE | OLD_KEYS | {"block_auto_adjust_ff_dim": True, "block_ff_dim": 96}),
 }
 
 
 def foreign_checkpoint(folder: Path, name: str, *, is_quantised: bool) -> Module:
     """Save random weights through mlx-lm, and return its model of them."""
-    module, raw = FOREIGN[name]
+    from mlx_lm.utils import quantize_model, save_model  # slow: transformers comes with it
+
+    module_name, raw = FOREIGN[name]
+    module = importlib.import_module(f"mlx_lm.models.{module_name}")
     model = module.Model(module.ModelArgs.from_dict(raw))
     model.load_weights(list(RandomWeights(ModelConfig.from_dict(raw)).tensors.items()))
     config = dict(raw)

@@ -7,6 +7,7 @@ greedy continuation holds a lead below `SMALLEST_LEAD` of the largest logit are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -23,8 +24,9 @@ from lfm_mlx.build import build_model
 from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.model import Model, MoE
 
-torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (lfm-mlx[oracle])")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed (pip install 'lfm-mlx[oracle]')"
+)
 
 TOLERANCE = 1e-5
 BROKEN = 100 * TOLERANCE
@@ -34,8 +36,9 @@ NUM_DRAWS = 12
 NUM_GREEDY = 30
 
 
-def load_oracle() -> ModuleType:
-    """The script that dumps the golden files: its model maker and its hooks."""
+@functools.cache
+def oracle() -> ModuleType:
+    """The script that dumps the golden files: its model maker and its hooks; takes seconds to import."""
     path = Path(__file__).parent / "golden" / "dump_golden.py"
     spec = importlib.util.spec_from_file_location("dump_golden", path)
     assert spec is not None
@@ -43,11 +46,8 @@ def load_oracle() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules["dump_golden"] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
+    module.torch.set_num_threads(1)
     return module
-
-
-oracle = load_oracle()
-torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class Draw:
 
 def random_config(generator: np.random.Generator, *, is_moe: bool) -> Any:
     """An architecture with random sizes."""
+    import transformers  # takes seconds
+
     pick = lambda *values: values[generator.integers(len(values))]  # noqa: E731
     num_kv_heads, head_dim, num_layers = pick(1, 2, 3), 2 * int(generator.integers(2, 9)), int(generator.integers(2, 6))
     num_heads = num_kv_heads * pick(1, 2, 4)
@@ -117,16 +119,17 @@ def with_version_4_keys(folder: Path) -> None:
 
 def draw_checkpoint(folder: Path, number: int) -> Draw:
     """Draw `number`: odd ones have experts; sharding, stored dtype and config style go round."""
+    torch = oracle().torch
     for attempt in range(10):
         generator = np.random.default_rng([number, attempt])
         torch.manual_seed(number + 1000 * attempt)
         dtype = (torch.float32, torch.bfloat16)[number // 2 % 2]
-        model = oracle.random_model(random_config(generator, is_moe=bool(number % 2))).to(dtype)
+        model = oracle().random_model(random_config(generator, is_moe=bool(number % 2))).to(dtype)
         model.save_pretrained(folder, max_shard_size=("50GB", "30KB")[number // 4 % 2])
         # Read back rather than cast back: a cast to bfloat16 rounds the frequencies of RoPE for good.
         model = type(model).from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
         tokens = torch.from_numpy(generator.integers(0, model.config.vocab_size, (2, 24)))
-        expected = oracle.observed(model, tokens) | oracle.greedy(model, tokens, NUM_GREEDY)
+        expected = oracle().observed(model, tokens) | oracle().greedy(model, tokens, NUM_GREEDY)
         if float(expected["greedy_margin"]) > SMALLEST_LEAD:
             break
         for path in folder.iterdir():
@@ -182,11 +185,12 @@ def test_router_choices_equal_those_of_transformers(draw, monkeypatch):
 @pytest.mark.parametrize("ending", ["conv.conv.weight", "expert_bias", "q_layernorm.weight"])
 def test_control_reversed_tensors_move_the_logits_far_beyond_the_tolerance(tmp_path, ending):
     """Tap order, which expert a bias belongs to, which channel a norm scales."""
+    torch = oracle().torch
     torch.manual_seed(0)
-    model = oracle.random_model(oracle.moe())
+    model = oracle().random_model(oracle().moe())
     model.save_pretrained(tmp_path)
     tokens = torch.randint(0, model.config.vocab_size, (2, 24))
-    expected = oracle.observed(model, tokens)["logits"].numpy()
+    expected = oracle().observed(model, tokens)["logits"].numpy()
     draw = Draw(folder=tmp_path, tokens=mx.array(tokens.numpy().astype(np.int32)), expected={})
     assert relative_error(load(draw)(draw.tokens), expected) < TOLERANCE
     path = tmp_path / "model.safetensors"

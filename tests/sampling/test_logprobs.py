@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from lfm_mlx.sampling import logprobs
 from lfm_mlx.sampling.logprobs import largest_ids
 
-torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
+
+@pytest.fixture(scope="module")
+def torch():
+    """Takes seconds to import."""
+    return pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
 
 
 @pytest.mark.parametrize("top", [0, 1, 5, 1000])
-def test_values_are_the_log_softmax_of_the_raw_logits(top):
+def test_values_are_the_log_softmax_of_the_raw_logits(top, torch):
     logits = (np.random.default_rng(0).standard_normal((3, 1000)) * 4).astype(np.float32)
     ids = [0, 999, 5]
     expected = torch.tensor(logits).log_softmax(-1)
@@ -24,7 +28,7 @@ def test_values_are_the_log_softmax_of_the_raw_logits(top):
     np.testing.assert_allclose(np.array(found.top_values), values.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_low_precision_logits_are_taken_to_float32_first():
+def test_low_precision_logits_are_taken_to_float32_first(torch):
     logits = mx.random.normal((1, 500), key=mx.random.key(0)).astype(mx.bfloat16)
     found = logprobs(logits, mx.array([7], dtype=mx.uint32), 2)
     expected = torch.tensor(logits.astype(mx.float32).tolist()).log_softmax(-1)[0, 7]

@@ -13,10 +13,6 @@ from lfm_mlx.sampling.penalties import apply_repetition, count_tokens
 from lfm_mlx.sampling.sampler import adjust
 from lfm_mlx.types import SamplingParams
 
-torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
-
-from transformers import RepetitionPenaltyLogitsProcessor  # noqa: E402
-
 VOCAB_SIZE = 12
 
 
@@ -31,6 +27,9 @@ def window_counts(prompt, answer, window):
 
 @pytest.mark.parametrize("penalty", [1.05, 1.5, 0.8])
 def test_repetition_penalty_equals_transformers(penalty):
+    torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
+    from transformers import RepetitionPenaltyLogitsProcessor  # takes seconds
+
     logits = np.random.default_rng(0).standard_normal((2, 50)).astype(np.float32)
     seen = [[1, 2, 2, 40], [0, 0, 0, 49]]
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(seen), torch.tensor(logits)).numpy()

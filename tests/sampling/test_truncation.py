@@ -11,11 +11,6 @@ from lfm_mlx.sampling.sampler import truncate
 from lfm_mlx.sampling.truncation import chunk_width, top_k_threshold
 from lfm_mlx.types import SamplingParams
 
-torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
-
-from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
-from transformers.generation.logits_process import TemperatureLogitsWarper  # noqa: E402
-
 VOCAB_SIZE = 1000
 
 ROWS = {
@@ -35,6 +30,11 @@ ROWS = {
 
 def oracle(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """One row of logits after transformers' warpers, in the order in which `generate` chains them."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'lfm-mlx[oracle]')")
+    # Takes seconds.
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import TemperatureLogitsWarper
+
     warpers = LogitsProcessorList()
     if temperature != 1:
         warpers.append(TemperatureLogitsWarper(temperature))
@@ -56,7 +56,8 @@ def truncated(logits, rows):
 
 
 def softmax(scores):
-    return torch.tensor(scores).softmax(-1).numpy()
+    weights = np.exp(np.float64(scores) - scores.max())
+    return weights / weights.sum()
 
 
 @pytest.mark.parametrize("case", ROWS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
-from anthropic.types import MessageParam
 from conftest import WEATHER, Running
+
+if TYPE_CHECKING:
+    import anthropic
+    from anthropic.types import MessageParam
 
 QUESTION = "What's the weather in Paris?"
 SETTLED: Any = {"extra_body": {"temperature": 0}}
@@ -23,6 +25,8 @@ TOOL: Any = {
 
 @pytest.fixture(scope="module")
 def client(served: Running) -> anthropic.Anthropic:
+    import anthropic  # takes seconds
+
     return anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0, timeout=60)
 
 
@@ -110,6 +114,8 @@ def test_a_tool_is_required_and_a_format_is_kept(client: anthropic.Anthropic) ->
 
 
 def test_errors_have_the_types_of_the_client(client: anthropic.Anthropic) -> None:
+    import anthropic
+
     messages: list[MessageParam] = [{"role": "user", "content": "x"}]
     with pytest.raises(anthropic.NotFoundError, match="expected 'tiny'"):
         client.messages.create(model="claude", max_tokens=5, messages=messages)

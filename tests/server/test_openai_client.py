@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import openai
 import pytest
 from conftest import WEATHER, WEATHER_TOOL, Running
-from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletionMessageParam
 
 QUESTION = "What's the weather in Paris?"
 RESULT = '{"temperature": 18, "sky": "sunny"}'
@@ -22,6 +24,8 @@ class Colour(BaseModel):
 
 @pytest.fixture(scope="module")
 def client(served: Running) -> openai.OpenAI:
+    import openai  # takes seconds
+
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
@@ -69,6 +73,8 @@ def test_an_answer_is_parsed_into_a_pydantic_model(client: openai.OpenAI) -> Non
 
 
 def test_errors_have_the_types_of_the_client(client: openai.OpenAI) -> None:
+    import openai
+
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
     with pytest.raises(openai.NotFoundError, match="expected 'tiny'"):
         client.chat.completions.create(model="gpt-9", messages=messages)
@@ -80,6 +86,8 @@ def test_errors_have_the_types_of_the_client(client: openai.OpenAI) -> None:
 
 
 def test_a_response_is_continued_by_its_id(client: openai.OpenAI) -> None:
+    import openai
+
     tool = {"type": "function", **WEATHER, "strict": True}
     first = client.responses.create(model="tiny", input=QUESTION, tools=[tool], temperature=0)  # type: ignore[list-item]
     assert [item.type for item in first.output] == ["reasoning", "function_call"]

@@ -1,18 +1,22 @@
+from __future__ import annotations
+
 import datetime
 import enum
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import lfm_templates
 import pytest
 import tiny_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lfm_mlx.errors import CheckpointError, TemplateError
 from lfm_mlx.tokenizer import ChatTemplate, load_tokenizer, opens_reasoning, special
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TOOLS = [
     {
@@ -63,6 +67,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast  # takes a second
+
     return PreTrainedTokenizerFast.from_pretrained(tiny_tokenizers.write_json_tokenizer(tmp_path_factory.mktemp("ref")))
 
 
@@ -303,6 +309,8 @@ def test_a_template_is_found_wherever_a_checkpoint_may_keep_it(
     assert tokenizer.render(messages) == plain
     assert tokenizer.render(messages, tools=[{"name": "f"}]) == with_tools
     if "chat_template_dot_json" not in files:
+        from transformers import PreTrainedTokenizerFast
+
         reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
         assert reference.apply_chat_template(messages, tokenize=False) == plain
         assert reference.apply_chat_template(messages, tools=[{"name": "f"}], tokenize=False) == with_tools

@@ -10,7 +10,6 @@ import tiny_tokenizers
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from lfm_mlx.errors import CheckpointError, OptionError
 from lfm_mlx.tokenizer import Tokenizer, load_tokenizer, special
@@ -31,6 +30,8 @@ def write_added(folder: Path, **files: Any) -> Path:
 
 @pytest.mark.parametrize("generation", lfm_templates.ALL)
 def test_a_templated_prompt_has_the_ids_that_transformers_gives(generation: str, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast  # takes a second
+
     folder = tiny_tokenizers.write_json_tokenizer(tmp_path, template=lfm_templates.ALL[generation])
     reference = PreTrainedTokenizerFast.from_pretrained(folder)
     expected = reference.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
@@ -171,6 +172,8 @@ def test_named_ids_come_from_the_config(json_tokenizer: Tokenizer, tmp_path: Pat
 def test_tokens_that_other_files_declare_get_the_ids_and_flags_that_transformers_gives(
     files: dict[str, Any], tmp_path: Path
 ) -> None:
+    from transformers import PreTrainedTokenizerFast  # takes a second
+
     folder = write_added(tmp_path, **files)
     reference = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
