@@ -5,7 +5,7 @@ from lfm_mlx.cache.conv_state import ConvState
 from lfm_mlx.cache.disk import DiskStore
 from lfm_mlx.cache.fingerprint import checkpoint_fingerprint, content_fingerprint
 from lfm_mlx.cache.kv_cache import KVCache
-from lfm_mlx.cache.prefix import BLOCK_TOKENS, PrefixCache
+from lfm_mlx.cache.prefix import BLOCK_TOKENS, Company, PrefixCache
 from lfm_mlx.cache.prefix_block import Block
 from lfm_mlx.cache.prefix_spill import Reading
 from lfm_mlx.cache.quantized_kv_cache import KV_BITS, QuantizedKVCache, kv_group_size
@@ -19,6 +19,7 @@ __all__ = [
     "KV_BITS",
     "AttentionCache",
     "Block",
+    "Company",
     "ConvState",
     "DiskStore",
     "KVCache",

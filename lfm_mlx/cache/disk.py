@@ -67,6 +67,8 @@ class DiskStore:
         max_bytes: most that all files of the folder take; those of other models go first, then what was not used for
             longest.
         fingerprint: of the checkpoint, see `checkpoint_fingerprint`.
+        part: names the part of the model that is here, see `lfm_mlx.distributed.part_name`; it has a folder inside,
+            and limits, of its own. "" for a model that is whole.
         retry_s: after a failure, seconds until a block is written again.
 
     Attributes:
@@ -78,23 +80,25 @@ class DiskStore:
         OptionError: the folder cannot be made, or `max_bytes` is not positive.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, fingerprint: str, retry_s: float = RETRY_S) -> None:
+    def __init__(
+        self, folder: Path, *, max_bytes: int, fingerprint: str, part: str = "", retry_s: float = RETRY_S
+    ) -> None:
         if max_bytes < 1:
             raise OptionError(f"max_bytes is {max_bytes}, expected at least 1")
+        self._root = folder / part
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OptionError(
-                f"the prefix cache's folder {folder} cannot be made ({error.strerror}); name another one"
+                f"the prefix cache's folder {self._root} cannot be made ({error.strerror}); name another one"
             ) from error
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.retry_s = retry_s
         self._next_try_s: float | None = None  # None while writing succeeds.
         self.num_written = self.num_damaged = 0
-        self._root = folder
-        self._fingerprint = fingerprint
-        self._folder = folder
+        self.folder, self.part, self.fingerprint = folder, part, fingerprint
+        self._folder = self._root
         self._sizes: OrderedDict[str, int] = OrderedDict()  # Of our files; longest unused first.
         self._others: list[tuple[float, Path, int]] = []  # When last used, where, how large; longest unused first.
         self._pending: dict[str, Writing] = {}
@@ -114,7 +118,8 @@ class DiskStore:
         Returns:
             The blocks there are, those in front before those that follow them; their tensors were not read.
         """
-        name = hashlib.blake2b(f"{self._fingerprint}\n{layout}".encode(), digest_size=20).hexdigest()
+        told = "\n".join(filter(None, [self.fingerprint, layout, self.part]))
+        name = hashlib.blake2b(told.encode(), digest_size=20).hexdigest()
         self._folder = self._root / name
         try:
             self._folder.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -29,6 +30,18 @@ QUEUED_PART = 8
 """Blocks that left memory and wait for the disk take at most this part of what is allowed; others are dropped."""
 
 
+class Company(Protocol):
+    """Caches of other processes that have to restore as much as this one; without disks they do so anyway."""
+
+    def common_length(self, lengths: Collection[int]) -> int:
+        """The largest of the lengths that a row could be restored to on all of them; 0 where there is none."""
+        ...
+
+    def have_all(self, is_here: bool) -> bool:
+        """Whether all of them have in memory what they need, as this one has or has not."""
+        ...
+
+
 class PrefixCache:
     """Blocks of earlier rows in a tree: what rows have in common is held once.
 
@@ -48,6 +61,7 @@ class PrefixCache:
         num_misses: rows that began at nothing.
         num_reused_tokens: tokens that these hits saved.
         num_evictions: blocks that left memory to keep within `max_bytes`.
+        company: of other processes that restore the same rows; None where this one is alone.
 
     Raises:
         OptionError: `max_bytes` or `block_tokens` is not positive, or the model cannot have these `kv_bits`.
@@ -69,6 +83,7 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.kv_bits = kv_bits
         self.block_tokens = block_tokens
+        self.company: Company | None = None
         self.num_hits = self.num_misses = self.num_reused_tokens = self.num_evictions = 0
         self._layout = BlockLayout.of(State.empty(config, dtype=dtype, kv_bits=kv_bits))
         self._tree: PrefixTree[Kept] = PrefixTree(block_tokens, Kept(block=None))
@@ -83,9 +98,9 @@ class PrefixCache:
         return self._block_bytes + (self._spill.queued_bytes if self._spill is not None else 0)
 
     @property
-    def has_disk(self) -> bool:
-        """Whether blocks are written to a disk too."""
-        return self._spill is not None
+    def disk(self) -> DiskStore | None:
+        """Where blocks are written too."""
+        return self._spill.store if self._spill is not None else None
 
     @property
     def num_blocks(self) -> int:
@@ -147,9 +162,9 @@ class PrefixCache:
             raise OptionError(f"state holds rows of {list(state.lengths)} tokens, expected a single one of 0")
         self._check(state)
         self.settle()
-        path, num_tokens = self._find(ids)
-        while num_tokens and not self._load(path):
-            path, num_tokens = self._find(ids)
+        path, num_tokens = self._choose(ids)
+        while num_tokens and not self._have_all(self._load(path)):
+            path, num_tokens = self._choose(ids)
         if not num_tokens:
             self.num_misses += 1
             return 0
@@ -232,6 +247,19 @@ class PrefixCache:
             if usable:
                 return match.path[: i + 1], max(usable)
         return [], 0
+
+    def _choose(self, ids: Sequence[int]) -> tuple[list[BlockNode], int]:
+        """As `_find`, but as far as all of the company can go."""
+        if self.company is None:
+            return self._find(ids)
+        match = self._tree.find(ids)
+        limit = min(match.num_tokens, len(ids) - 1)
+        ends = {length: i for i, node in enumerate(match.path) for length in node.value.lengths if length <= limit}
+        common = self.company.common_length(ends)
+        return (match.path[: ends[common] + 1], common) if common else ([], 0)
+
+    def _have_all(self, is_here: bool) -> bool:
+        return is_here if self.company is None else self.company.have_all(is_here)
 
     def _place(self, ids: tuple[int, ...], state: State, row: int) -> list[BlockNode]:
         """The nodes of exactly these ids; those that were not there are made from the row."""

@@ -29,6 +29,11 @@ class RankPart:
     size: int
     mode: Mode = "tensor"
 
+    @property
+    def name(self) -> str:
+        """What tells it from parts of this and other cuts: "tensor-2-0"."""
+        return f"{self.mode}-{self.size}-{self.rank}"
+
     def of(self, total: int) -> range:
         """This part of `total` things."""
         each = total // self.size

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -18,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lfm_mlx.distributed.arrival import arrivals, connect
 from lfm_mlx.distributed.watch import Watch
 from lfm_mlx.distributed.world import World
-from lfm_mlx.errors import LfmError, OptionError, RankError
+from lfm_mlx.errors import LfmError, RankError
 from lfm_mlx.memory import available_bytes
 
 BEAT_S = 0.5
@@ -39,8 +39,6 @@ LEAVE_S = 2.0
 _TOLD = "rank 0 is gone: it failed"
 """How the failure begins of which rank 0 has told its user already."""
 
-_GREETING = b"lfm_mlx rank "
-
 Note = dict[str, Any]
 """What is sent: anything that JSON can say."""
 
@@ -51,6 +49,7 @@ class Peer:
     Args:
         connection: to the other rank.
         on_loss: called with what happened when the other side is gone or silent.
+        on_ready: called with the number of what the other side has ready.
 
     Attributes:
         notes: what came and was not looked at.
@@ -58,7 +57,9 @@ class Peer:
         free_bytes: of memory, as the other side told last; None before.
     """
 
-    def __init__(self, connection: socket.socket, on_loss: Callable[[str], None]) -> None:
+    def __init__(
+        self, connection: socket.socket, on_loss: Callable[[str], None], on_ready: Callable[[int], None]
+    ) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(STALL_S)
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
@@ -66,6 +67,7 @@ class Peer:
         self.free_bytes: int | None = None
         self._connection = connection
         self._on_loss = on_loss
+        self._on_ready = on_ready
         self._sending = threading.Lock()
 
     @property
@@ -106,6 +108,8 @@ class Peer:
                 self.is_ended = self.is_ended or "end" in note
                 if "free_bytes" in note:
                     self.free_bytes = note["free_bytes"]
+                elif "ready" in note:
+                    self._on_ready(note["ready"])
                 else:
                     self.notes.put(note)
 
@@ -146,13 +150,15 @@ class Link:
         self.watch: Watch | None = None
         self._is_closing = False
         self._failing = threading.Lock()
+        self._noting = threading.Lock()
         self.peers: dict[int, Peer] = {}
+        self._awaited: dict[int, tuple[set[int], Callable[[], None]]] = {}
         threading.Thread(target=self._beat, name="lfm-beat", daemon=True).start()
         if world.rank > 0:
-            self._add(0, _connect(world, arrival_s))
+            self._add(0, connect(world, arrival_s))
             return
         try:
-            for rank, connection in _arrivals(world, arrival_s, self.peers):
+            for rank, connection in arrivals(world, arrival_s, self.peers):
                 self._add(rank, connection)  # Signs of life go out at once: others may take their time.
         except RankError as error:
             self._is_closing = True
@@ -160,7 +166,7 @@ class Link:
             raise
 
     def _add(self, rank: int, connection: socket.socket) -> None:
-        peer = Peer(connection, self._loss_of(rank))
+        peer = Peer(connection, self._loss_of(rank), lambda number: self._note_ready(rank, number))
         self.peers[rank] = peer
         peer.start()
 
@@ -189,6 +195,42 @@ class Link:
         """Other ranks: rank 0's next note; waits for it."""
         return self.peers[0].notes.get()
 
+    def expect(self, name: str) -> Any:
+        """Other ranks: what rank 0's next note says under `name`; where that is another note, the run ends."""
+        return self._said(self.receive(), name)
+
+    def tell(self, note: Note) -> None:
+        """Other ranks: send a note to rank 0."""
+        self.peers[0].send(note)
+
+    def hear(self, name: str) -> list[Any]:
+        """Rank 0: what the next note of every other rank says under `name`, in their order; waits for all."""
+        return [self._said(self.peers[rank].notes.get(), name) for rank in sorted(self.peers)]
+
+    def _said(self, note: Note, name: str) -> Any:
+        if name not in note:
+            self.fail(RuntimeError(f"the ranks are out of step: {sorted(note)} came, expected {name}"))
+        return note[name]
+
+    def call_when_ready(self, number: int, on_ready: Callable[[], None]) -> None:
+        """Rank 0: call back, from another thread, when all others have told that they have `number` ready."""
+        self._awaited[number] = set(self.peers), on_ready
+
+    def tell_ready(self, number: int) -> None:
+        """Other ranks: tell rank 0, from any thread, that what has this number is ready; once or more often."""
+        self.peers[0].send({"ready": number})
+
+    def _note_ready(self, rank: int, number: int) -> None:
+        with self._noting:
+            if number not in self._awaited:  # Told twice: of the last two pieces, each may find that all have come.
+                return
+            missing, on_ready = self._awaited[number]
+            missing.discard(rank)
+            if missing:
+                return
+            del self._awaited[number]
+        on_ready()
+
     def wait_for_end(self) -> None:
         """Other ranks: wait until rank 0 ends the run in good order."""
         while not self.peers[0].is_ended:
@@ -202,22 +244,16 @@ class Link:
         """
         mine = json.loads(json.dumps(facts))
         if not self.is_leader:
-            self.peers[0].send({"facts": mine})
+            self.tell({"facts": mine})
             answer = self.receive()
             if "agreed" not in answer:
                 sys.exit(1)  # Rank 0 tells why.
             return
-        problem = next(
-            filter(None, (_difference(rank, self._facts_of(rank), mine) for rank in sorted(self.peers))), None
-        )
+        found = zip(sorted(self.peers), self.hear("facts"), strict=True)
+        problem = next(filter(None, (_difference(rank, theirs, mine) for rank, theirs in found)), None)
         self.send({"refused": problem} if problem is not None else {"agreed": True})
         if problem is not None:
             raise RankError(problem)
-
-    def _facts_of(self, rank: int) -> Note:
-        facts = self.peers[rank].notes.get()["facts"]
-        assert isinstance(facts, dict)
-        return facts
 
     def close(self) -> None:
         """Take no loss for a failure any more; on rank 0 also let the others end."""
@@ -287,94 +323,3 @@ def _difference(rank: int, theirs: Note, mine: Note) -> str | None:
                 "give every rank the same"
             )
     return None
-
-
-def _arrivals(world: World, arrival_s: float, found: Mapping[int, object]) -> Iterator[tuple[int, socket.socket]]:
-    """Rank 0: a connection from every other rank. The port is free afterwards, for `mlx.distributed` to take.
-
-    Args:
-        world: the processes.
-        arrival_s: in which they have to come.
-        found: what has become of the connections that were yielded.
-    """
-    deadline_s, num_missing = time.monotonic() + arrival_s, world.size - 1
-    with _listening(world) as listening, _telling_of_termination(world, found):
-        while num_missing:
-            listening.settimeout(max(deadline_s - time.monotonic(), 0.001))
-            try:
-                connection, _ = listening.accept()
-            except TimeoutError:
-                raise RankError(
-                    f"{_missing(world, found)} did not come within {arrival_s:g} s, expected all of "
-                    f"{world.size} at {world.host}:{world.port}; is the program there, and the address reachable?"
-                ) from None
-            rank = _read_rank(connection)
-            if rank is None or rank in found or not 0 < rank < world.size:
-                connection.close()  # Whoever it is, it is none of ours.
-            else:
-                num_missing -= 1
-                yield rank, connection
-
-
-def _missing(world: World, found: Mapping[int, object]) -> str:
-    return f"rank {', '.join(str(rank) for rank in range(1, world.size) if rank not in found)}"
-
-
-@contextlib.contextmanager
-def _telling_of_termination(world: World, found: Mapping[int, object]) -> Iterator[None]:
-    """A launcher that sees a rank fail ends the others: what they waited for is worth a line."""
-
-    def tell(number: int, frame: object) -> None:
-        raise RankError(f"this process was told to end while {_missing(world, found)} had not come; did that one fail?")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _listening(world: World) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(world.host, world.port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            listening.listen(world.size)
-        except OSError:
-            listening.close()
-            raise
-    except OSError as error:
-        raise OptionError(
-            f"rank 0 cannot listen on {world.host}:{world.port} ({error.strerror}); give an address of this machine as "
-            "the first of the hostfile, or another --starting-port"
-        ) from error
-    return listening
-
-
-def _read_rank(connection: socket.socket) -> int | None:
-    connection.settimeout(STALL_S)
-    try:
-        greeting = connection.recv(len(_GREETING) + 8)
-    except OSError:
-        return None
-    number = greeting.removeprefix(_GREETING).strip()
-    return int(number) if greeting.startswith(_GREETING) and number.isdigit() else None
-
-
-def _connect(world: World, arrival_s: float) -> socket.socket:
-    deadline_s = time.monotonic() + arrival_s
-    while True:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((world.host, world.port), timeout=STALL_S)
-            connection.sendall(_GREETING + f"{world.rank:<7}\n".encode())
-            return connection
-        if time.monotonic() > deadline_s:
-            raise RankError(
-                f"rank 0 was not at {world.host}:{world.port} within {arrival_s:g} s; is it running, and reachable?"
-            )
-        time.sleep(0.05)

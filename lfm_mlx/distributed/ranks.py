@@ -96,6 +96,12 @@ def ranks_of(model: Model) -> Ranks | None:
     return found
 
 
+def part_name(model: Model) -> str:
+    """The name of the part of a model that is here; "" for a model that is whole."""
+    ranks = ranks_of(model)
+    return "" if ranks is None else ranks.part.name
+
+
 def free_bytes(model: Model) -> int:
     """Bytes that may still be allocated where a model is: on every rank, where there are several."""
     ranks = ranks_of(model)

@@ -72,8 +72,8 @@ class Engine:
             bytes_of=bytes_of,
             padding_bytes=step_bytes(model.shared_bytes),
         )
-        self._lockstep = lockstep or lockstep_of(self, model, max_rows, self.kv_bits, prefix_cache)
-        self._pace = self._lockstep.pace(prefill_chunk_tokens(model.config, model.dtype))
+        self.lockstep = lockstep or lockstep_of(self, model, max_rows, self.kv_bits, prefix_cache)
+        self._pace = self.lockstep.pace(prefill_chunk_tokens(model.config, model.dtype))
         self._rows: dict[int, Row] = {}
         self._numbers: dict[Row, int] = {}
         self._prompts: dict[int, PromptRun] = {}
@@ -115,7 +115,7 @@ class Engine:
 
     def add(self, row: Row) -> None:
         """Queue a row that was made in whatever thread, and that could run alone."""
-        row.is_led = self._lockstep.is_shared
+        row.is_led = self.lockstep.is_shared
         number = self._num_submitted
         self._num_submitted += 1
         self._rows[number] = row
@@ -153,7 +153,7 @@ class Engine:
     def step(self) -> None:
         """One token of every row that is decoded, and before it as much of a prompt as they can wait for."""
         with self._stepper.lock:
-            self._lockstep.begin_step(self)
+            self.lockstep.begin_step(self)
             self.drop_ended()
             places = self._scheduler.assign()
             for number in places.sent_back:
@@ -170,7 +170,7 @@ class Engine:
                 self._work_on_prompts()
             else:
                 self._step_batches()
-            self._lockstep.end_step()
+            self.lockstep.end_step()
 
     def _step_batches(self) -> None:
         started_s = time.perf_counter()
@@ -210,7 +210,7 @@ class Engine:
         try:
             action(number)
         except Exception as error:  # noqa: BLE001  # Whatever it is, the other rows have nothing to do with it.
-            self._lockstep.fail(error)
+            self.lockstep.fail(error)
             self._rows[number].end("error", error)
             self._forget(number)
 
@@ -350,7 +350,7 @@ class Engine:
         try:
             action(self.prefix_cache)
         except Exception as error:  # noqa: BLE001
-            self._lockstep.fail(error)
+            self.lockstep.fail(error)
             self.prefix_cache.clear()
             _log.warning("the prefix cache was emptied: storing a row failed: %r", error)
 
@@ -378,7 +378,7 @@ class Engine:
 
     def _restart(self, rows: list[Row], error: Exception) -> None:
         """A step of these rows failed, and nobody knows what their state is: they are computed again, or end."""
-        self._lockstep.fail(error)
+        self.lockstep.fail(error)
         for batch in list(self._batches.values()):
             if rows[0] in batch.rows:
                 self._remove(batch)

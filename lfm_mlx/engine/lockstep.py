@@ -8,15 +8,26 @@ Drawn ids are rank 0's everywhere: the others draw nothing of their own, so gram
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from lfm_mlx.cache import PrefixCache, Transcript
 from lfm_mlx.distributed import Note, Ranks, ranks_of
 from lfm_mlx.engine.pace import Pace
 from lfm_mlx.engine.request import Request, Row, TokenLogprob
+from lfm_mlx.engine.shared_prefix import (
+    CacheUse,
+    FollowedReadings,
+    LeaderCompany,
+    LoneCacheUse,
+    PendingReading,
+    SharedReading,
+    described_cache,
+)
 from lfm_mlx.errors import OptionError, RankError
 from lfm_mlx.model import Model
+from lfm_mlx.step import stepper_of
 from lfm_mlx.types import SamplingParams
 
 
@@ -35,7 +46,7 @@ class Stepped(Protocol):
         ...
 
 
-class Lockstep(Protocol):
+class Lockstep(CacheUse, Protocol):
     """One rank's side of the steps of one engine."""
 
     is_shared: bool
@@ -58,7 +69,7 @@ class Lockstep(Protocol):
         ...
 
 
-class LoneStep:
+class LoneStep(LoneCacheUse):
     """The `Lockstep` of a process that computes alone."""
 
     is_shared = False
@@ -94,30 +105,40 @@ class SharedStep:
         self.ranks.link.fail(error)
 
 
+class Numbers:
+    """Numbers for objects of one kind, as long as they live."""
+
+    def __init__(self) -> None:
+        self._numbers: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._num_given = 0
+        self._gone: list[int] = []
+
+    def __getitem__(self, one: object) -> int:
+        """An object's number."""
+        if one not in self._numbers:
+            self._numbers[one] = number = self._num_given
+            self._num_given += 1
+            weakref.finalize(one, self._gone.append, number).atexit = False
+        return self._numbers[one]
+
+    def take_gone(self) -> list[int]:
+        """The numbers of those that have gone since the last call."""
+        gone = list(self._gone)
+        del self._gone[: len(gone)]
+        return gone
+
+
 class Score:
     """What rank 0 knows of the engines that the others mirror; one for each model."""
 
     def __init__(self) -> None:
-        self.num_engines = 0
-        self.gone: list[int] = []
-        self._transcripts: weakref.WeakKeyDictionary[Transcript, int] = weakref.WeakKeyDictionary()
-        self._num_transcripts = 0
-        self._gone_transcripts: list[int] = []
-
-    def number_of(self, transcript: Transcript) -> int:
-        """A transcript's number."""
-        if transcript not in self._transcripts:
-            self._transcripts[transcript] = number = self._num_transcripts
-            self._num_transcripts += 1
-            weakref.finalize(transcript, self._gone_transcripts.append, number).atexit = False
-        return self._transcripts[transcript]
+        self.num_readings = 0
+        self.engines, self.transcripts, self.caches = Numbers(), Numbers(), Numbers()
 
     def take_gone(self) -> Note:
-        """The numbers of engines and transcripts that nobody refers to any more."""
-        engines, transcripts = list(self.gone), list(self._gone_transcripts)
-        del self.gone[: len(engines)], self._gone_transcripts[: len(transcripts)]
-        note = {"gone_engines": engines, "gone_transcripts": transcripts}
-        return {name: numbers for name, numbers in note.items() if numbers}
+        """The numbers of what nobody refers to any more."""
+        kinds = {"engines": self.engines, "transcripts": self.transcripts, "caches": self.caches}
+        return {f"gone_{kind}": gone for kind, numbers in kinds.items() if (gone := numbers.take_gone())}
 
 
 class LeaderStep(SharedStep):
@@ -126,28 +147,26 @@ class LeaderStep(SharedStep):
     Args:
         ranks: the ranks.
         score: what the others mirror.
-        options: how the engine was made, for the others to make it alike.
+        number: the engine's.
+        options: how it was made, for the others to make it alike.
+        lock: of the model's steps.
     """
 
-    def __init__(self, ranks: Ranks, score: Score, options: Note) -> None:
+    def __init__(
+        self, ranks: Ranks, score: Score, number: int, options: Note, lock: AbstractContextManager[Any]
+    ) -> None:
         super().__init__(ranks)
         self._score = score
         self._options: Note | None = options
-        self._number = score.num_engines
-        score.num_engines += 1
+        self._number = number
+        self._lock = lock
         self._told: dict[int, Row] = {}
         self._num_told = 0
         self._memory_bytes: int | None = None
 
-    def watch(self, engine: object) -> None:
-        """Have the others forget their engine when this one is gone."""
-        weakref.finalize(engine, self._score.gone.append, self._number).atexit = False
-
     def begin_step(self, engine: Stepped) -> None:
         """As `Lockstep.begin_step`: send it."""
-        note: Note = {"engine": self._number, **self._score.take_gone()}
-        if self._options is not None:
-            note["options"], self._options = self._options, None
+        note: Note = {}
         if engine.memory_bytes != self._memory_bytes:
             note["memory_bytes"] = self._memory_bytes = engine.memory_bytes
         new = {number: row for number, row in engine.rows.items() if number >= self._num_told}
@@ -158,7 +177,38 @@ class LeaderStep(SharedStep):
         cancelled = [number for number, row in self._told.items() if row.take_wish()]
         if cancelled:
             note["cancelled"] = cancelled
-        self.ranks.link.send(note | self._take_ended())
+        self._send(note | self._take_ended())
+
+    def _send(self, note: Note) -> None:
+        note = {"engine": self._number, **self._score.take_gone(), **note}
+        if self._options is not None:
+            note["options"], self._options = self._options, None
+        self.ranks.link.send(note)
+
+    def begin_reading(self, cache: PrefixCache, ids: Sequence[int]) -> PendingReading | None:
+        """As `CacheUse.begin_reading`, on all ranks; rank 0 decides whether anything is read."""
+        own = cache.begin_restore(ids)
+        if own is None:
+            return None
+        with self._lock:
+            reading = SharedReading(self._score.num_readings, own, self.ranks.link)
+            self._score.num_readings += 1
+            self._send({"cache": "read", "number": reading.number, "ids": [int(token_id) for token_id in ids]})
+        return reading
+
+    def finish_reading(self, cache: PrefixCache, reading: PendingReading) -> None:
+        """As `CacheUse.finish_reading`, on all ranks."""
+        assert isinstance(reading, SharedReading)
+        with self._lock:
+            self._send({"cache": "finish", "number": reading.number})
+        cache.finish_reading(reading.own)
+
+    def settle(self, cache: PrefixCache) -> None:
+        """As `CacheUse.settle`, on all ranks."""
+        if cache.disk is not None:
+            with self._lock:
+                self._send({"cache": "settle"})
+        cache.settle()
 
     def end_step(self) -> None:
         """As `Lockstep.end_step`: send it."""
@@ -181,11 +231,11 @@ class LeaderStep(SharedStep):
             "max_tokens": request.max_tokens,
             "border_ids": sorted(request.border_ids),
             "call_ids": sorted(request.call_ids),
-            "transcript": self._score.number_of(transcript) if transcript is not None else None,
+            "transcript": self._score.transcripts[transcript] if transcript is not None else None,
         }
 
 
-class FollowerStep(SharedStep):
+class FollowerStep(SharedStep, LoneCacheUse):
     """Another rank's `Lockstep`.
 
     Args:
@@ -195,11 +245,13 @@ class FollowerStep(SharedStep):
 
     Attributes:
         note: what rank 0 sent for the next step; set before each.
+        readings: what rank 0 wants to be read.
     """
 
     def __init__(self, ranks: Ranks, transcripts: dict[int, Transcript], model: Model) -> None:
         super().__init__(ranks)
         self.note: Note = {}
+        self.readings = FollowedReadings(ranks.link)
         self._transcripts = transcripts
         self._model = model
 
@@ -289,10 +341,7 @@ class _FollowerPace(Pace):
         return bool(self._next())
 
     def _next(self) -> Any:
-        note = self._ranks.link.receive()
-        if "pace" not in note:
-            self._ranks.link.fail(RuntimeError(f"the ranks are out of step: {sorted(note)} came, expected a pace"))
-        return note["pace"]
+        return self._ranks.link.expect("pace")
 
 
 def lockstep_of(
@@ -303,17 +352,18 @@ def lockstep_of(
     On a rank that follows, `FollowerStep` is given to its engines instead.
 
     Raises:
-        OptionError: the prefix cache has a folder, which ranks would not read at the same time.
+        OptionError: this is a rank that follows, or the prefix cache's disk is for another part of a model.
     """
     ranks = ranks_of(model)
     if ranks is None:
         return LoneStep()
     if not ranks.is_leader:
         raise OptionError("an engine was made on a rank that is not 0, expected `lfm_mlx.engine.follow` there")
-    if prefix_cache is not None and prefix_cache.has_disk:
-        raise OptionError("--prefix-cache-dir was given for a model on several ranks, expected none; leave it out")
     score = vars(ranks).setdefault("_score", Score())
-    kept = {"max_bytes": prefix_cache.max_bytes, "block_tokens": prefix_cache.block_tokens} if prefix_cache else None
-    step = LeaderStep(ranks, score, {"max_rows": max_rows, "kv_bits": kv_bits, "prefix_cache": kept})
-    step.watch(engine)
-    return step
+    options: Note = {"max_rows": max_rows, "kv_bits": kv_bits, "cache_number": None}
+    if prefix_cache is not None:
+        options["prefix_cache"] = described_cache(prefix_cache, model)
+        options["cache_number"] = score.caches[prefix_cache]
+        if prefix_cache.disk is not None:
+            prefix_cache.company = LeaderCompany(ranks.link)
+    return LeaderStep(ranks, score, score.engines[engine], options, stepper_of(model).lock)

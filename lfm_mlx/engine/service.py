@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lfm_mlx.cache import PrefixCache, Reading
+from lfm_mlx.cache import PrefixCache
 from lfm_mlx.distributed import free_bytes, ranks_of
 from lfm_mlx.engine.engine import Engine
 from lfm_mlx.engine.request import Request, Row
+from lfm_mlx.engine.shared_prefix import PendingReading
 from lfm_mlx.errors import EngineClosedError, MemoryPlanError, OptionError, QueueFullError, RankError
 from lfm_mlx.memory import release_freed, row_bytes, rows_budget_bytes
 from lfm_mlx.model import Model
@@ -98,7 +99,7 @@ class EngineThread:
         self._changed = threading.Condition()
         self._arrived: list[Row] = []
         self._rows: list[Row] = []
-        self._reading: dict[Row, Reading] = {}
+        self._reading: dict[Row, PendingReading] = {}
         self._is_closing = False
         self._num_requests = 0
         self._num_refused = 0
@@ -255,6 +256,8 @@ class EngineThread:
             self._thread.join()
 
     def _run(self) -> None:
+        if self._engine.lockstep.is_shared:
+            self._work([])  # The other ranks make theirs too, and tell at once what they cannot do.
         self._serve()
         if self.prefix_cache is not None:
             self.prefix_cache.close()
@@ -280,7 +283,7 @@ class EngineThread:
 
     def _settle(self) -> None:
         if self.prefix_cache is not None:
-            self.prefix_cache.settle()
+            self._engine.lockstep.settle(self.prefix_cache)
 
     def _wait_for_work(self, timeout_s: float | None) -> bool:
         with self._changed:
@@ -311,7 +314,7 @@ class EngineThread:
             return arrived
         ready = []
         for row in arrived:
-            reading = cache.begin_restore(row.ids)
+            reading = self._engine.lockstep.begin_reading(cache, row.ids)
             if reading is None:
                 ready.append(row)
             else:
@@ -321,7 +324,7 @@ class EngineThread:
             if reading.is_done:
                 del self._reading[row]
                 ready.append(row)
-                cache.finish_reading(reading)
+                self._engine.lockstep.finish_reading(cache, reading)
         return ready
 
     def _notify(self) -> None:

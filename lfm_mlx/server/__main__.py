@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from lfm_mlx.cache import DiskStore, PrefixCache, checkpoint_fingerprint
-from lfm_mlx.cli import is_parallel, load_model, loading_options, model_option, read_text
+from lfm_mlx.cli import load_model, loading_options, model_option, read_text
+from lfm_mlx.distributed import part_name
 from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
 from lfm_mlx.memory import available_bytes
@@ -105,11 +106,6 @@ def command(
         keep_alive_s=keep_alive,
         logs_prompts=log_prompts,
     )
-    if prefix_cache_dir is not None and is_parallel(loading):
-        raise OptionError(
-            "--prefix-cache-dir was given for a model on several ranks, expected none: they would not read it in step; "
-            "leave it out, --prefix-cache-gb works"
-        )
     set_up_log(log_level)
     listening = bind(host, port)
     with listening:
@@ -166,7 +162,8 @@ def make_prefix_cache(
     disk = None
     if folder is not None:
         fingerprint = checkpoint_fingerprint(checkpoint)
-        disk = DiskStore(folder, max_bytes=int(folder_gb * 1e9), fingerprint=fingerprint)
+        max_disk_bytes = int(folder_gb * 1e9)
+        disk = DiskStore(folder, max_bytes=max_disk_bytes, fingerprint=fingerprint, part=part_name(model))
     return PrefixCache(model.config, dtype=model.dtype, kv_bits=model.kv_bits, max_bytes=max_bytes, disk=disk)
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import prefix_scenario
 import pytest
 import rank_scenario
 from launching import PATIENCE_S, launched, outputs
@@ -47,6 +48,25 @@ def test_two_ranks_say_what_one_says(mode: str, checkpoint: Path, alone: dict[st
         (code, out, err), (other_code, other_out, other_err) = outputs(ranks)
     assert (code, other_code, other_out) == (0, 0, ""), err + other_err
     assert json.loads(out) == alone
+
+
+def test_two_ranks_reuse_from_disk_what_one_reuses_and_agree_when_one_has_lost_blocks(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    program = str(Path(prefix_scenario.__file__))
+    with launched(tmp_path, program, str(checkpoint), "tensor", str(tmp_path / "ranks")) as ranks:
+        (code, out, err), (other_code, other_out, other_err) = outputs(ranks)
+    assert (code, other_code, other_out) == (0, 0, ""), err + other_err
+    found = json.loads(out)
+    alone = prefix_scenario.turns(load(checkpoint).model, tmp_path / "one", ["."])
+    assert (found["first"], found["second"]) == (alone["first"], alone["second"])
+    assert found["second"]["cached"] >= 64
+    for again in ("damaged", "mended", "missing"):
+        assert found[again]["answer"] == found["second"]["answer"]
+    # Without agreement, the ranks would have gone on from different lengths.
+    assert found["alone"]["tensor-2-0"] == found["mended"]["cached"] == len(prefix_scenario.SECOND) - 1
+    assert found["alone"]["tensor-2-1"] == found["damaged"]["cached"] < found["mended"]["cached"]
+    assert found["missing"]["cached"] == 0
 
 
 def generate(folder: Path, *options: str) -> list[str]:
