@@ -96,6 +96,11 @@ def _read_rank(connection: socket.socket) -> int | None:
 
 
 def connect(world: World, arrival_s: float) -> socket.socket:
+    """Other ranks: a connection to rank 0, which may not listen yet.
+
+    Raises:
+        RankError: it was not there within `arrival_s` seconds.
+    """
     deadline_s = time.monotonic() + arrival_s
     while True:
         with contextlib.suppress(OSError):
