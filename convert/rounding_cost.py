@@ -102,14 +102,20 @@ def _sample(source: WeightSource, name: str, dtype: str) -> _Sample:
     first = 0
     for parts in source.segments(name):
         end = first + parts[0].num_rows
-        while len(pieces) < len(wanted) and wanted[len(pieces)] < end:
-            reads = tuple(part.part(wanted[len(pieces)] - first, 1) for part in parts)
+        for start, count in _runs([row for row in wanted if first <= row < end]):
+            reads = tuple(part.part(start - first, count) for part in parts)
             pieces.append(row_piece(name, width, reads, stored, dtype))
         first = end
     matrices = mx.repeat(mx.arange(num_matrices), rows_each)
     values = mx.concatenate([cast_rows(piece) for piece in pieces])
     mx.eval(values)
     return _Sample(values=values, matrices=matrices, rows_each=rows_each)
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending rows as runs of consecutive ones, which are read at once: the first of each, and how many."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    return [(rows[start], stop - start) for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True)]
 
 
 def _cost(sample: _Sample, how: Quantization | None, places: Sequence[Sensitivity] | None) -> float:

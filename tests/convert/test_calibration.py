@@ -57,10 +57,11 @@ def test_the_first_matrix_gets_what_the_definition_says(text, found):
     np.testing.assert_allclose(np.array(made), np.array(expected), rtol=1e-4)
 
 
-def test_a_calibrated_conversion_has_other_scales_and_leaves_nothing_beside_it(text, tmp_path):
-    calibrated = convert(TINY, tmp_path / "calibrated", recipe="3bit", calibration=text)
-    searched = convert(TINY, tmp_path / "searched", recipe="3bit", rounding="search")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibrated", "searched"]
+def test_a_calibrated_conversion_has_other_scales_and_leaves_nothing_beside_it(sources, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(f"t{i * i % 127}" for i in range(100)))
+    calibrated = convert(sources["moe"], tmp_path / "calibrated", recipe="3bit", calibration=tmp_path / "text.txt")
+    searched = convert(sources["moe"], tmp_path / "searched", recipe="3bit", rounding="search")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibrated", "searched", "text.txt"]
     assert calibrated.num_bytes == searched.num_bytes
     first, second = ((each.folder / "model.safetensors").read_bytes() for each in (calibrated, searched))
     assert first != second

@@ -9,7 +9,6 @@ import pytest
 from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.config import Quantization
 from lfm_mlx.convert import convert
-from lfm_mlx.convert.calibration import SEQUENCE_TOKENS
 from lfm_mlx.convert.divergence import Scored, measure_divergence
 from lfm_mlx.convert.layerwise import Layerwise
 from lfm_mlx.convert.recipes import parse_recipe
@@ -21,8 +20,8 @@ from lfm_mlx.kernels import KERNELS_VARIABLE
 from lfm_mlx.names import is_matrix
 
 DICE = random.Random(3)
-WORDS = [DICE.randrange(128) for _ in range(2 * SEQUENCE_TOKENS)]
-SEQUENCES = [Scored(ids=tuple(WORDS[i : i + SEQUENCE_TOKENS])) for i in range(0, len(WORDS), SEQUENCE_TOKENS)]
+WORDS = [DICE.randrange(128) for _ in range(256)]
+SEQUENCES = [Scored(ids=tuple(WORDS))]
 BITS = 6
 
 

@@ -55,8 +55,16 @@ def requests(max_tokens: Sequence[int] = (30, 12, 45, 20)) -> list[Request]:
     ]
 
 
+@pytest.fixture(scope="module")
+def written(model: Model) -> list[list[int]]:
+    """What each of `requests()` writes alone."""
+    return [alone(model, request) for request in requests()]
+
+
 @pytest.mark.parametrize("max_rows", [1, 2, 4])
-def test_a_row_writes_the_same_alone_and_among_others_that_join_and_leave(model: Model, max_rows: int) -> None:
+def test_a_row_writes_the_same_alone_and_among_others_that_join_and_leave(
+    model: Model, written: list[list[int]], max_rows: int
+) -> None:
     engine = Engine(model, max_rows=max_rows)
     rows: list[Row] = []
     for request in requests():
@@ -64,7 +72,7 @@ def test_a_row_writes_the_same_alone_and_among_others_that_join_and_leave(model:
         for _ in range(4):
             engine.step()
     run(engine)
-    assert [row.generated for row in rows] == [alone(model, request) for request in requests()]
+    assert [row.generated for row in rows] == written
     assert [row.finish_reason for row in rows] == ["length"] * 4
     other_seed = Request(prompt=PROMPTS[1], sampling=SamplingParams(temperature=1.3, seed=7, top_k=20), max_tokens=12)
     assert alone(model, other_seed) != rows[1].generated
@@ -89,7 +97,7 @@ def test_a_stop_token_ends_a_row_and_belongs_to_it(model: Model) -> None:
     assert alone(model, request) == written[:row_end]
 
 
-def test_a_cancelled_row_leaves_and_the_others_go_on(model: Model) -> None:
+def test_a_cancelled_row_leaves_and_the_others_go_on(model: Model, written: list[list[int]]) -> None:
     engine = Engine(model, max_rows=4)
     rows = [engine.submit(request) for request in requests()]
     for _ in range(8):
@@ -99,7 +107,7 @@ def test_a_cancelled_row_leaves_and_the_others_go_on(model: Model) -> None:
     assert rows[2].finish_reason == "cancelled"
     run(engine)
     for i in (0, 1, 3):
-        assert rows[i].generated == alone(model, requests()[i])
+        assert rows[i].generated == written[i]
 
 
 def test_a_request_cancelled_while_it_waits_computes_nothing(model: Model) -> None:
@@ -182,7 +190,7 @@ def test_no_row_depends_on_its_neighbours_whatever_they_are(kv_bits: int | None,
     for row in rows:
         if row.finish_reason != "cancelled":
             number = mixed.index(row.request)
-            assert row.generated == alone(model, drawn_request(number), kv_bits), number
+            assert row.generated == drawn_alone(number, kv_bits), number
     assert sum(row.finish_reason == "cancelled" for row in rows) <= 2
     assert engine.held_bytes == 0
 
@@ -204,6 +212,11 @@ def drawn_request(number: int) -> Request:
         control=control,
         top_logprobs=3 if number % 4 == 1 else None,
     )
+
+
+@functools.cache
+def drawn_alone(number: int, kv_bits: int | None) -> list[int]:
+    return alone(wide_model(), drawn_request(number), kv_bits)
 
 
 def test_rows_that_lose_their_place_write_the_same(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -404,7 +417,8 @@ def test_a_long_row_and_short_ones_are_decoded_apart_and_write_the_same(
     while not engine.is_idle:
         engine.step()
         most = max(most, engine.held_bytes)
-    assert [row.generated for row in rows] == [alone(model, request) for request in mixed]
+    expected = [alone(model, request) for request in mixed]
+    assert [row.generated for row in rows] == expected
     long = max(len(request.prompt) for request in mixed)
     together = Engine(model, max_rows=4)
     monkeypatch.setattr(together._scheduler, "padding_bytes", None)
@@ -413,6 +427,6 @@ def test_a_long_row_and_short_ones_are_decoded_apart_and_write_the_same(
     while not together.is_idle:
         together.step()
         padded = max(padded, together.held_bytes)
-    assert [row.generated for row in rows] == [alone(model, request) for request in mixed]
+    assert [row.generated for row in rows] == expected
     assert padded >= 3 * engine.bytes_of(long)
     assert most < 0.8 * padded
