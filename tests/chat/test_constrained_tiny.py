@@ -24,7 +24,7 @@ from lfm_mlx.load import Loaded
 from lfm_mlx.types import SamplingParams
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
-COUNT = int(os.environ.get("LFM_MLX_CONSTRAINED_COUNT", "12"))
+COUNT = int(os.environ.get("LFM_MLX_CONSTRAINED_COUNT", "8"))
 """Answers for each kind of constraint; a release is measured with 500."""
 
 MAX_TOKENS = 120

@@ -81,15 +81,15 @@ class Counted:
         self.num_computed = 0
 
 
-CITIES = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Quito", "Delhi", "Seoul", "Kyiv")
+CITIES = ("Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo")
 KEPT = {"preserve_thinking": True}
 
 
 @pytest.mark.parametrize(
     ("template", "variables", "num_turns"),
     [
-        (None, {}, 10),
-        (None, KEPT, 10),
+        (None, {}, 6),
+        (None, KEPT, 6),
         (None, {"enable_thinking": False}, 4),
         (lfm_templates.LFM2, {}, 4),
         (lfm_templates.LFM25, {}, 4),
@@ -148,7 +148,7 @@ def test_without_marks_inside_calls_the_thoughts_before_them_are_computed_twice(
 
 
 @needs_tiny
-def test_six_turns_of_the_trained_model_compute_only_what_is_new_and_end_like_a_cold_run(
+def test_turns_of_the_trained_model_compute_only_what_is_new_and_end_like_a_cold_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted = Counted(monkeypatch)
@@ -168,7 +168,7 @@ def test_six_turns_of_the_trained_model_compute_only_what_is_new_and_end_like_a_
         sampling=SamplingParams(),
         template_variables={"enable_thinking": False},
     )
-    usages = [chat.send("What's the weather in Paris?" if turn % 2 else "Hello").usage for turn in range(6)]
+    usages = [chat.send("What's the weather in Paris?" if turn % 2 else "Hello").usage for turn in range(4)]
     counted.close_round()
     assert "Paris" in called
     assert [computed for computed, _ in counted.rounds] == [new for _, new in counted.rounds]
