@@ -6,13 +6,17 @@ maximum, a running sum, and a running weighted sum that is rescaled whenever the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
 
-SCORE_BYTES = 32 << 20
+SCORE_BYTES = 16 << 20
 """Most bytes that the scores of one chunk take, whatever the context."""
+
+BLOCK_QUERIES = 512
+"""Most queries a row that go over the columns together. A chunk of columns can be the wider, and running sums are
+rescaled the less often, the fewer queries there are; but every block reads all columns again."""
 
 MAX_CHUNK_COLUMNS = 32_768
 MIN_CHUNK_COLUMNS = 64
@@ -24,11 +28,6 @@ class SpanLike(Protocol):
     @property
     def starts(self) -> tuple[int, ...]:
         """Position of each row's first query."""
-        ...
-
-    @property
-    def end(self) -> int:
-        """Columns that any query may see."""
         ...
 
     @property
@@ -68,18 +67,41 @@ def attend_in_chunks(
     Returns:
         ``(B, H, L, P)`` in the queries' dtype.
     """
+    done: list[mx.array] = []
+    for first in range(0, queries.shape[2], BLOCK_QUERIES):
+        block = queries[:, :, first : first + BLOCK_QUERIES]
+        if done:
+            # As for the chunks of a block, see there.
+            (block,) = mx.depends([block], done[-1:])
+        positions = span.columns[:, first : first + BLOCK_QUERIES]
+        starts = [start + first for start in span.starts]
+        done.append(_attend_block(block, num_kv_heads, score, weigh, positions, starts, scale, max_columns))
+    return mx.concatenate(done, axis=2) if len(done) > 1 else done[0]
+
+
+def _attend_block(
+    queries: mx.array,
+    num_kv_heads: int,
+    score: Score,
+    weigh: Weigh,
+    positions: mx.array,
+    starts: Sequence[int],
+    scale: float,
+    max_columns: int,
+) -> mx.array:
     B, H, L, P = queries.shape
     rows = queries.astype(mx.float32).reshape(B, num_kv_heads, (H // num_kv_heads) * L, P) * scale
     size = min(chunk_columns(B, H, L), max_columns)
+    end = max(starts) + L
     highest = total = summed = None
-    for start in range(0, span.end, size):
-        stop = min(start + size, span.end)
+    for start in range(0, end, size):
+        stop = min(start + size, end)
         if summed is not None and total is not None:
             # Without this every chunk's scores and weights could be alive at once: nothing else orders the chunks.
             (rows,) = mx.depends([rows], [summed, total])
         scores = score(rows, start, stop)
-        if stop > min(span.starts) + 1:
-            scores = _masked(scores, span.columns, L, start, stop)
+        if stop > min(starts) + 1:
+            scores = _masked(scores, positions, L, start, stop)
         largest = scores.max(axis=-1, keepdims=True)
         if highest is None or total is None or summed is None:
             highest = largest

@@ -95,10 +95,9 @@ class MoE(Module):
 
         def compute(order: mx.array, chosen: mx.array) -> mx.array:
             hidden = self._gated(self.gate_up_proj(tokens[order // A][:, None], chosen, is_sorted=True))  # (N, 1, F)
-            return self.down_proj(hidden, chosen, is_sorted=True)
+            return self.down_proj(hidden, chosen, is_sorted=True).squeeze(-2)
 
-        outputs = in_blocks(compute, BLOCK_PAIRS, order, chosen)
-        return outputs.squeeze(-2)[mx.argsort(order)].reshape(T, -1)
+        return in_blocks(compute, BLOCK_PAIRS, order, chosen, places=order).reshape(T, -1)
 
     def _gated(self, gate_up: mx.array) -> mx.array:
         return silu_multiply(*equal_parts(gate_up, 2))

@@ -37,7 +37,9 @@ CASES = {
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of the fewest columns, and blocks of 40 queries."""
     monkeypatch.setattr(chunked_attention, "SCORE_BYTES", 1)
+    monkeypatch.setattr(chunked_attention, "BLOCK_QUERIES", 40)
 
 
 @pytest.fixture(params=CASES)
@@ -119,8 +121,8 @@ def test_what_stands_behind_a_rows_length_is_not_looked_at(span):
 
 
 def mutant(*, old: str, new: str) -> Attend:
-    """`attend_in_chunks` with one piece of its source exchanged."""
-    source = inspect.getsource(attend_in_chunks)
+    """`attend_in_chunks` with one piece of the source exchanged."""
+    source = inspect.getsource(chunked_attention._attend_block) + inspect.getsource(attend_in_chunks)
     assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in attend_in_chunks"
     names: dict[str, Any] = dict(vars(chunked_attention))
     exec("from __future__ import annotations\n" + source.replace(old, new), names)
@@ -129,15 +131,15 @@ def mutant(*, old: str, new: str) -> Attend:
 
 EVERYTHING = ["prefill", "later chunk of unequal rows", "decode of unequal rows"]
 MUTANTS = {
-    "the mask is dropped": ("scores = _masked(scores, span.columns, L, start, stop)", "pass", EVERYTHING),
+    "the mask is dropped": ("scores = _masked(scores, positions, L, start, stop)", "pass", EVERYTHING),
     "a chunk counts its columns from 0": (
-        "span.columns, L, start, stop",
-        "span.columns, L, 0, stop - start",
+        "positions, L, start, stop",
+        "positions, L, 0, stop - start",
         EVERYTHING,
     ),
     "what only the longest row may see is not masked": (
-        "min(span.starts) + 1",
-        "max(span.starts) + 1",
+        "min(starts) + 1",
+        "max(starts) + 1",
         ["later chunk of unequal rows", "decode of unequal rows"],
     ),
     "the sum of values is not rescaled": ("summed = summed * decay", "summed = summed", ["prefill", "decode"]),
@@ -154,6 +156,12 @@ MUTANTS = {
         ["prefill", "decode"],
     ),
     "the scale is left out": (", P) * scale", ", P)", EVERYTHING),
+    "every block of queries stands where the first does": ("start + first", "start", ["prefill", "later chunk"]),
+    "every block of queries has the first one's positions": (
+        "span.columns[:, first : first + BLOCK_QUERIES]",
+        "span.columns[:, :block.shape[2]]",
+        ["prefill", "later chunk"],
+    ),
 }
 
 

@@ -24,6 +24,29 @@ def test_blocks_give_what_the_whole_gives(num_rows: int) -> None:
     assert len(sizes) == -(-num_rows // 8)
 
 
+@pytest.mark.parametrize("num_rows", [1, 8, 21])
+def test_rows_go_to_their_places(num_rows: int) -> None:
+    x, places = mx.random.normal((num_rows, 3)), mx.random.permutation(num_rows)
+    found = in_blocks(lambda rows: rows * 2, 8, x, places=places)
+    assert mx.array_equal(found[places], x * 2)
+    assert num_rows == 1 or not mx.array_equal(found, x * 2)  # The control: not where they were.
+
+
+def test_the_result_exists_once() -> None:
+    x = mx.random.normal((64, 10_000))
+    places = mx.random.permutation(64)
+    mx.eval(x, places)
+    for given in (None, places):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        out = in_blocks(lambda rows: mx.exp(rows), 2, x, places=given)
+        mx.eval(out)
+        # The CPU runs up to ten operations ahead. Side by side and put together it would be twice the result.
+        assert mx.get_peak_memory() - held < 1.6 * out.nbytes
+        del out
+
+
 def test_what_is_computed_on_the_way_exists_for_one_block_only() -> None:
     x = mx.random.normal((64, 1))
     mx.eval(x)
