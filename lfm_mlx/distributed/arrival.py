@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Mapping
 
 from lfm_mlx.distributed.world import World
 from lfm_mlx.errors import OptionError, RankError
+
+TELLING_S = 5.0
+"""After which rank 0 says for whom it waits."""
 
 GREETING_S = 8.0
 """In which whoever connects has to have said who it is."""
@@ -26,23 +30,34 @@ def arrivals(world: World, arrival_s: float, found: Mapping[int, object]) -> Ite
         arrival_s: in which they have to come.
         found: what has become of the connections that were yielded.
     """
-    deadline_s, num_missing = time.monotonic() + arrival_s, world.size - 1
+    started_s, num_missing, is_told = time.monotonic(), world.size - 1, False
     with _listening(world) as listening, _telling_of_termination(world, found):
         while num_missing:
-            listening.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            waited_s = time.monotonic() - started_s
+            listening.settimeout(max(min(arrival_s - waited_s, TELLING_S), 0.001))
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
-                raise RankError(
-                    f"{_missing(world, found)} did not come within {arrival_s:g} s, expected all of "
-                    f"{world.size} at {world.host}:{world.port}; is the program there, and the address reachable?"
-                ) from None
+                waited_s = time.monotonic() - started_s
+                if waited_s >= arrival_s:
+                    raise RankError(
+                        f"{_missing(world, found)} did not come within {arrival_s:g} s, expected all of "
+                        f"{world.size} at {world.host}:{world.port}; is the program there, and the address reachable?"
+                    ) from None
+                if not is_told:
+                    _tell_of_waiting(f"{_missing(world, found)} at {world.host}:{world.port}", arrival_s - waited_s)
+                    is_told = True
+                continue
             rank = _read_rank(connection)
             if rank is None or rank in found or not 0 < rank < world.size:
                 connection.close()  # Whoever it is, it is none of ours.
             else:
                 num_missing -= 1
                 yield rank, connection
+
+
+def _tell_of_waiting(whom: str, left_s: float) -> None:
+    os.write(2, f"waiting for {whom}, {left_s:.0f} s more\n".encode())
 
 
 def _missing(world: World, found: Mapping[int, object]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lfm_mlx.distributed.arrival import arrivals, connect
 from lfm_mlx.distributed.watch import Watch
-from lfm_mlx.distributed.world import World
+from lfm_mlx.distributed.world import World, launcher
 from lfm_mlx.errors import LfmError, RankError
 from lfm_mlx.memory import available_bytes
 
@@ -148,6 +148,7 @@ class Link:
         self.failure: RankError | None = None
         self.on_failure: Callable[[RankError], float] | None = None
         self.watch: Watch | None = None
+        self._launcher = launcher()
         self._is_closing = False
         self._failing = threading.Lock()
         self._noting = threading.Lock()
@@ -299,10 +300,10 @@ class Link:
             time.sleep(LEAVE_S)  # Still here, this process waits in a collective for ranks that are gone.
             os._exit(0)
         if self.is_leader:
-            os.write(2, f"error: {failure}\n".encode())
+            _write_error(str(failure))
             self.send({"failed": str(failure)})
         elif not str(failure).startswith(_TOLD):
-            os.write(2, f"error: rank {self.world.rank}: {failure}\n".encode())
+            _write_error(f"rank {self.world.rank}: {failure}")
         time.sleep(self.on_failure(failure) if self.on_failure is not None else 0.0)
         os._exit(1)
 
@@ -310,9 +311,16 @@ class Link:
         while not self._is_closing:
             if self.watch is not None:
                 self.watch.sign()
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._end(RankError("mlx.launch is gone; all ranks end, start them again"))
             for peer in list(self.peers.values()):  # More may come meanwhile.
                 peer.send(None if self.is_leader else {"free_bytes": available_bytes()})
             time.sleep(BEAT_S)
+
+
+def _write_error(text: str) -> None:
+    with contextlib.suppress(OSError):  # Nobody may be there to read it.
+        os.write(2, f"error: {text}\n".encode())
 
 
 def _difference(rank: int, theirs: Note, mine: Note) -> str | None:

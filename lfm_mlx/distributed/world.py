@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from typing import Any, NoReturn
 
 from lfm_mlx.distributed.cut import Mode
 from lfm_mlx.errors import OptionError
+
+LOOK_S = 5.0
+"""In which the system has to say who has started this process."""
 
 QUIET_S = 3.0
 """A launcher ends all ranks when one has failed: rank 0 has so long to tell why."""
@@ -56,6 +60,20 @@ def read_world(environment: Mapping[str, str] | None = None) -> World | None:
         f"MLX_RANK is {rank}, but neither MLX_HOSTFILE nor MLX_JACCL_COORDINATOR is set; launch with "
         "mlx.launch --backend ring or --backend jaccl"
     )
+
+
+def launcher() -> int | None:
+    """The process number of `mlx.launch` where it has started this process, on this machine; else None."""
+    parent = os.getppid()
+    command, entry = ["ps", "-ww", "-o", "command=", "-p", str(parent)], Path(f"/proc/{parent}/cmdline")
+    try:
+        if entry.exists():
+            told = entry.read_text(errors="replace")
+        else:  # macOS
+            told = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parent if "mlx.launch" in told or "mlx._distributed_utils" in told else None
 
 
 def is_first_rank() -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -78,6 +80,40 @@ def test_ranks_that_do_not_come_are_named() -> None:
         Link(world(0, 3, port), arrival_s=0.2)
     with pytest.raises(RankError, match=rf"rank 0 was not at 127\.0\.0\.1:{port} within 0\.2 s"):
         Link(world(1, 3, port), arrival_s=0.2)
+
+
+def test_rank_0_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("lfm_mlx.distributed.arrival.TELLING_S", 0.05)
+    (port,) = free_ports(1)
+    with pytest.raises(RankError, match="did not come"):
+        Link(world(0, 2, port), arrival_s=0.3)
+    assert capfd.readouterr().err == f"waiting for rank 1 at 127.0.0.1:{port}, 0 s more\n"
+
+
+STARTING = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
+WAITING = """
+import sys
+from lfm_mlx.distributed import Link, World
+Link(World(rank=0, size=3, backend="ring", host="127.0.0.1", port=int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("mlx.launch", "error: mlx.launch is gone;"), ("a-shell", "error: rank 1 is gone:")]
+)
+def test_a_rank_ends_when_its_launcher_is_killed(name: str, told: str) -> None:
+    (port,) = free_ports(1)
+    command = [sys.executable, "-c", STARTING, name, "-c", WAITING, str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher, connected(port) as connection:
+        connection.sendall(b"lfm_mlx rank 1      \n")
+        assert connection.recv(1)  # A sign of life: the link is there.
+        launcher.kill()
+        launcher.wait()
+        if name != "mlx.launch":  # Whoever starts a rank by hand may go away.
+            assert all(connection.recv(1) for _ in range(4))
+            connection.shutdown(socket.SHUT_RDWR)
+        _, err = launcher.communicate(timeout=PATIENCE_S)
+    assert told in err
 
 
 def test_whoever_is_no_rank_is_turned_away() -> None:
