@@ -3,7 +3,7 @@
 from lfm_mlx.distributed.cut import Cut, Mode, RankPart, check_size, cut_of, local_config, part_bytes
 from lfm_mlx.distributed.link import Link, Note
 from lfm_mlx.distributed.part_file import read_ranges
-from lfm_mlx.distributed.ranks import Ranks, free_bytes, join_ranks, part_name, ranks_of, set_ranks
+from lfm_mlx.distributed.ranks import Ranks, agree, free_bytes, join_link, join_ranks, part_name, ranks_of, set_ranks
 from lfm_mlx.distributed.shard import shard
 from lfm_mlx.distributed.sharded_weights import ShardedWeights, take_part
 from lfm_mlx.distributed.world import World, is_first_rank, launched_world, leave_quietly
@@ -17,10 +17,12 @@ __all__ = [
     "Ranks",
     "ShardedWeights",
     "World",
+    "agree",
     "check_size",
     "cut_of",
     "free_bytes",
     "is_first_rank",
+    "join_link",
     "join_ranks",
     "launched_world",
     "leave_quietly",

@@ -75,6 +75,11 @@ class Peer:
         """The system's number of the connection."""
         return self._connection.fileno()
 
+    @property
+    def own_host(self) -> str:
+        """This machine's address on the way there."""
+        return str(self._connection.getsockname()[0])
+
     def start(self) -> None:
         """Begin to read."""
         threading.Thread(target=self._read, name="lfm-link", daemon=True).start()

@@ -61,8 +61,29 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
         OptionError: another number was launched, or none.
         RankError: a rank did not come, or is not like the others.
     """
-    world = launched_world(size, mode)
-    link = Link(world)
+    link = join_link(size, mode)
+    agree(link, mode, facts)
+    # While `init` connects, no other thread of this process runs.
+    world = link.world
+    try:
+        group = mx.distributed.init(strict=True, backend=world.backend)
+    except RuntimeError as error:
+        raise RankError(f"mlx.distributed did not connect rank {world.rank}: {error}; start all ranks again") from error
+    return Ranks(link, MlxGroup(group), RankPart(rank=world.rank, size=size, mode=mode))
+
+
+def join_link(size: int, mode: str) -> Link:
+    """Connect this process with the others that were launched with it, without `mlx.distributed`.
+
+    Args:
+        size: how many the user said there are.
+        mode: "tensor", "expert" or "data", what they are to do in parallel.
+
+    Raises:
+        OptionError: another number was launched, or none.
+        RankError: a rank did not come.
+    """
+    link = Link(launched_world(size, mode))
     still = f"error: rank 0 stood still for {STILL_S} s, waiting for another one; all ranks end, start them again\n"
     link.watch = Watch(still if link.is_leader else "")
     if link.is_leader:
@@ -71,13 +92,17 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
             signal.signal(signal.SIGTERM, _leave)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 decides what an interruption ends.
-    link.agree({"code of lfm_mlx": code_hash(), "mlx": version("mlx"), "parallel": f"{mode} {size}", **facts})
-    # While `init` connects, no other thread of this process runs.
-    try:
-        group = mx.distributed.init(strict=True, backend=world.backend)
-    except RuntimeError as error:
-        raise RankError(f"mlx.distributed did not connect rank {world.rank}: {error}; start all ranks again") from error
-    return Ranks(link, MlxGroup(group), RankPart(rank=world.rank, size=size, mode=mode))
+    return link
+
+
+def agree(link: Link, mode: str, facts: Mapping[str, object]) -> None:
+    """Compare what all ranks have to have alike: versions, mode and these facts; all of them call it.
+
+    Raises:
+        RankError: one has something else.
+    """
+    own = {"code of lfm_mlx": code_hash(), "mlx": version("mlx"), "parallel": f"{mode} {link.world.size}"}
+    link.agree({**own, **facts})
 
 
 def code_hash() -> str:

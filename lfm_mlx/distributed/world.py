@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lfm_mlx.distributed.cut import Mode
 from lfm_mlx.errors import OptionError
 
 LOOK_S = 5.0
@@ -82,7 +81,7 @@ def is_first_rank() -> bool:
     return world is None or world.rank == 0
 
 
-def launched_world(size: int, mode: Mode) -> World:
+def launched_world(size: int, mode: str) -> World:
     """The world, which has to have `size` processes.
 
     Raises:

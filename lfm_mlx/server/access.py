@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,8 +17,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm_mlx.server.chat_page import STATIC_PREFIX
 from lfm_mlx.server.http_errors import ApiError, as_api_error, dialect_of
-from lfm_mlx.server.metrics import Metrics
-from lfm_mlx.server.settings import ServerSettings
 from lfm_mlx.server.sse import ClientGoneError
 
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready"})
@@ -37,15 +35,23 @@ class Access:
 
     Args:
         app: what is behind.
-        settings: keys and origins.
-        metrics: counts requests.
+        api_keys: one of them has to come with every request; none lets everybody in.
+        cors_origins: pages of which sites may call; "*" is all.
+        count_http: called with method, path of the route and status of every request that was answered.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        cors_origins: Sequence[str],
+        count_http: Callable[[str, str, int], None],
+    ) -> None:
         self._app = app
-        self._settings = settings
-        self._metrics = metrics
-        self._key_hashes = [_digest(key) for key in settings.api_keys]
+        self._cors_origins = cors_origins
+        self._count_http = count_http
+        self._key_hashes = [_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,7 +108,7 @@ class Access:
 
     def _is_known(self, origin: str, host: str) -> bool:
         """Whether a browser's page may call. Without keys, a page whose name was made to lead here may not either."""
-        allowed = self._settings.cors_origins
+        allowed = self._cors_origins
         if "*" in allowed or origin in allowed:
             return True
         try:
@@ -115,7 +121,7 @@ class Access:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route: Any = scope.get("route")
         path = getattr(route, "path", "unknown")
-        self._metrics.count_http(scope["method"], path, status)
+        self._count_http(scope["method"], path, status)
         level = logging.DEBUG if _is_open(path) else logging.INFO
         fields = {
             "id": scope["request_id"],

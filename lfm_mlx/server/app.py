@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Lifespan
 
 from lfm_mlx.errors import LfmError
 from lfm_mlx.server.access import Access
@@ -61,27 +62,50 @@ def make_app(service: Service) -> Starlette:
         yield
         service.close()
 
-    middleware = [Middleware(Access, settings=settings, metrics=service.metrics)]
-    if settings.cors_origins:
+    app = build_app(
+        [*ENDPOINTS, openapi_endpoint(ENDPOINTS)],
+        api_keys=settings.api_keys,
+        cors_origins=settings.cors_origins,
+        count_http=service.metrics.count_http,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    return app
+
+
+def build_app(
+    endpoints: Sequence[Endpoint],
+    *,
+    api_keys: Sequence[str],
+    cors_origins: Sequence[str],
+    count_http: Callable[[str, str, int], None],
+    lifespan: Lifespan[Starlette] | None = None,
+) -> Starlette:
+    """An application of these endpoints, with what every request passes on its way to them.
+
+    Args:
+        endpoints: what is answered.
+        api_keys, cors_origins, count_http: as `Access` takes them.
+        lifespan: what runs around it.
+    """
+    middleware = [Middleware(Access, api_keys=api_keys, cors_origins=cors_origins, count_http=count_http)]
+    if cors_origins:
         headers = ["authorization", "content-type", "x-api-key", "x-request-id", "anthropic-version", "anthropic-beta"]
         middleware.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=list(settings.cors_origins),
+                allow_origins=list(cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=headers,
                 expose_headers=["x-request-id", "retry-after"],
             )
         )
-    endpoints = [*ENDPOINTS, openapi_endpoint(ENDPOINTS)]
-    app = Starlette(
+    return Starlette(
         routes=[Route(one.path, one.handler, methods=[one.method]) for one in endpoints],
         middleware=middleware,
         lifespan=lifespan,
         exception_handlers={LfmError: _answer_error, HTTPException: _answer_http_error},
     )
-    app.state.service = service
-    return app
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -24,7 +24,7 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     numbers = {name: value for name, (_, value) in service.gauges().items()}
     status = "closing" if service.is_closing else "ready"
-    return JSONResponse({"status": status, **numbers}, 503 if service.is_closing else 200)
+    return JSONResponse({"status": status, "created": service.created_s, **numbers}, 503 if service.is_closing else 200)
 
 
 async def show_metrics(request: Request) -> Response:

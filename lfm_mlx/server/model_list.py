@@ -41,4 +41,5 @@ def _describe(service: Service, name: str) -> dict[str, Any]:
         "root": service.name,
         "parent": None,
         "max_model_len": service.model.max_context,
+        "fingerprint": service.settings.fingerprint,
     }

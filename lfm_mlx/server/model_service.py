@@ -240,6 +240,11 @@ class Service:
             self.engine.prefix_cache.close()
 
     @property
+    def is_lost(self) -> bool:
+        """Whether another rank is gone, and this process ends in a moment."""
+        return self.engine.is_lost
+
+    @property
     def num_open(self) -> int:
         """Answers that run or wait."""
         counters = self.engine.counters

@@ -11,24 +11,43 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from starlette.applications import Starlette
 
 from lfm_mlx.errors import OptionError
-from lfm_mlx.server.app import make_app
 from lfm_mlx.server.http_protocol import HEADER_TIMEOUT_S, READ_TIMEOUT_S, SEND_BUFFER_BYTES, protocol_class
-from lfm_mlx.server.model_service import Service
 
 log = logging.getLogger("lfm_mlx.server")
 GRACE_S = 5.0
 """Given to streams to say that they were cut, beyond the time in which they may finish."""
 
 
+class Served(Protocol):
+    """What a server has to know of what it serves, to end well."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another rank is gone, and this process ends in a moment."""
+
+    @property
+    def num_open(self) -> int:
+        """Answers that run or wait."""
+
+    def begin_closing(self) -> None:
+        """Take no more questions."""
+
+    def cancel_all(self) -> None:
+        """End all answers, because the server closes."""
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn's server, which on SIGINT or SIGTERM lets answers finish for a while and then ends them.
 
     Args:
-        service: what is served.
+        app: answers the requests.
+        service: what is behind it.
         shutdown_timeout_s: for answers to finish.
         read_timeout_s: in which a client has to read what was written.
         header_timeout_s: in which a client has to ask.
@@ -38,7 +57,8 @@ class HttpServer(uvicorn.Server):
 
     def __init__(
         self,
-        service: Service,
+        app: Starlette,
+        service: Served,
         *,
         shutdown_timeout_s: float = 10.0,
         read_timeout_s: float = READ_TIMEOUT_S,
@@ -50,7 +70,7 @@ class HttpServer(uvicorn.Server):
         self._service = service
         self._shutdown_timeout_s = shutdown_timeout_s
         config = uvicorn.Config(
-            make_app(service),
+            app,
             http=protocol_class(
                 read_timeout_s=read_timeout_s,
                 header_timeout_s=header_timeout_s,
@@ -69,7 +89,7 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On a signal: begin to shut down; but where a rank is gone, go on to say so for the seconds that are left."""
-        if not self._service.engine.is_lost:
+        if not self._service.is_lost:
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -11,6 +11,7 @@ class ServerSettings:
 
     Args:
         names: what the model may be called in requests; the first is its name.
+        fingerprint: tells the model from others, wherever it lies; None where nobody compares.
         max_rows: answers that are written at once.
         max_waiting: answers that may wait for that.
         api_keys: one of them has to come with every request; none lets everybody in.
@@ -24,6 +25,7 @@ class ServerSettings:
     """
 
     names: tuple[str, ...]
+    fingerprint: str | None = None
     max_rows: int = 16
     max_waiting: int = 256
     api_keys: tuple[str, ...] = ()

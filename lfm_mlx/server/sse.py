@@ -55,7 +55,7 @@ class EventStream:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        listening = asyncio.ensure_future(_until_gone(receive))
+        listening = asyncio.ensure_future(until_gone(receive))
         writing = asyncio.ensure_future(self._write(send))
         try:
             await asyncio.wait({listening, writing}, return_when=asyncio.FIRST_COMPLETED)
@@ -100,7 +100,8 @@ async def _send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -121,7 +122,7 @@ async def while_connected(request: Request, work: Awaitable[_T], on_end: Callabl
         ClientGoneError: the client went away.
     """
     working = asyncio.ensure_future(work)
-    listening = asyncio.ensure_future(_until_gone(request.receive))
+    listening = asyncio.ensure_future(until_gone(request.receive))
     try:
         await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
