@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Fronted
 from launching import PATIENCE_S, launched, outputs
+from running_front import Fronted
 from running_server import TINY
 
 from lfm_mlx.errors import OptionError, RankError

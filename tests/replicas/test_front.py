@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Fronted, fronting
+from running_front import Fronted, fronting
 from running_server import Running, new_service, running, wait_until
 
 from lfm_mlx.errors import OptionError

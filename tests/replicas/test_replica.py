@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Fronted, fronting
 from launching import free_ports
+from running_front import Fronted, fronting
 from running_server import PATIENCE_S, TINY, Running, new_service, running, wait_until
 
 from lfm_mlx.replicas import fleet, replica, trace_of

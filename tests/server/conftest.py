@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from running_server import (
-    PATIENCE_S,
-    TINY,
-    WEATHER,
-    WEATHER_TOOL,
-    Running,
-    new_service,
-    running,
-    wait_until,
-)
-
-__all__ = ["PATIENCE_S", "TINY", "WEATHER", "WEATHER_TOOL", "Running", "new_service", "running", "wait_until"]
+from running_server import TINY, Running, new_service, running
 
 
 @pytest.fixture(scope="session")

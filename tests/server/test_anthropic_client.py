@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import WEATHER, Running
+from running_server import WEATHER, Running
 
 if TYPE_CHECKING:
     import anthropic

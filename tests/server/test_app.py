@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import Running, new_service, running
+from running_server import Running, new_service, running
 
 from lfm_mlx.server.http_errors import Dialect
 

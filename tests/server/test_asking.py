@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from conftest import WEATHER_TOOL, Running
+from running_server import WEATHER_TOOL, Running
 
 from lfm_mlx.errors import LfmError
 from lfm_mlx.server import anthropic_fields, response_fields

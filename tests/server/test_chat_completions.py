@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import WEATHER_TOOL, Running
+from running_server import WEATHER_TOOL, Running
 
 
 def streamed(served: Running, content: str, **fields: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chromium import Page, find_chromium, new_page
-from conftest import WEATHER_TOOL, Running, new_service, running
+from running_server import WEATHER_TOOL, Running, new_service, running
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from conftest import Running
+from running_server import Running
 
 TEXT = "The capital of France is"
 

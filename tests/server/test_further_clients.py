@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Running
+from running_server import Running
 
 QUESTION = "What's the weather in Paris?"
 RESULT = {"temperature": 18, "condition": "sunny"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import PATIENCE_S, WEATHER_TOOL, Running, wait_until
+from running_server import PATIENCE_S, WEATHER_TOOL, Running, wait_until
 
 from lfm_mlx.server.access import CLIENT_GONE
 from lfm_mlx.server.app import ENDPOINTS

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Literal
 
 import pytest
-from conftest import WEATHER, WEATHER_TOOL, Running
 from pydantic import BaseModel
+from running_server import WEATHER, WEATHER_TOOL, Running
 
 if TYPE_CHECKING:
     import openai

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Running
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from running_server import Running
 
 EXAMPLES = 30
 """Over all operations; `schemathesis run` against a running server tries more."""

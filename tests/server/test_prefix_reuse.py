@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conftest import WEATHER_TOOL, Running, new_service, running
+from running_server import WEATHER_TOOL, Running, new_service, running
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. " * 12}
 

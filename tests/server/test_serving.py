@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from conftest import PATIENCE_S, TINY, Running, new_service, running, wait_until
+from running_server import PATIENCE_S, TINY, Running, new_service, running, wait_until
 
 from lfm_mlx.errors import OptionError
 from lfm_mlx.server import bind
