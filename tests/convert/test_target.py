@@ -33,7 +33,7 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny"
 def text(tmp_path_factory):
     """A file of text that is not in the set that conversions are compared on."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text((TINY / "README.md").read_text()[:600])
+    file.write_text((TINY / "README.md").read_text()[:300])
     return file
 
 
@@ -41,7 +41,7 @@ def text(tmp_path_factory):
 def prose():
     """What conversions are compared on."""
     tokenizer = load_tokenizer(TINY)
-    return [Scored(ids=tuple(tokenizer.encode(item["text"])[:100])) for item in read_set()["texts"][:2]]
+    return [Scored(ids=tuple(tokenizer.encode(item["text"])[:60])) for item in read_set()["texts"][:2]]
 
 
 def kl_of(folder, prose):

@@ -20,14 +20,20 @@ from lfm_mlx.load import Loaded
 from lfm_mlx.types import SamplingParams
 
 QUESTION = "What is the capital of France?"
-RANDOM = {"temperature": 1.0, "seed": 1, "ignore_stop_tokens": True, "max_tokens": 60}
-"""Text of 60 tokens without loops."""
+RANDOM = {"temperature": 1.0, "seed": 1, "ignore_stop_tokens": True, "max_tokens": 40}
+"""Text of 40 tokens without loops."""
 
 
 @pytest.fixture
 def short(tmp_path: Path) -> Loaded:
     """A model with a context of 32 tokens."""
     return load(write_chat_checkpoint(tmp_path, chat_config(max_position_embeddings=32)))
+
+
+@pytest.fixture(scope="module")
+def whole(chat: Loaded) -> str:
+    """The text of `RANDOM`, which no stop string ends."""
+    return generate(*chat, QUESTION, **RANDOM)
 
 
 def text_of(tokens: Iterator[Any]) -> str:
@@ -86,9 +92,7 @@ def test_special_tokens_can_be_left_out(chat: Loaded) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 15])
-def test_a_stop_string_ends_the_text_wherever_token_borders_fall(chat: Loaded, length: int) -> None:
-    pieces = [token.text for token in stream(*chat, QUESTION, **RANDOM)]
-    whole = "".join(pieces)
+def test_a_stop_string_ends_the_text_wherever_token_borders_fall(chat: Loaded, whole: str, length: int) -> None:
     for start in range(0, len(whole) - length, 25):
         stop = whole[start : start + length]
         tokens = stream(*chat, QUESTION, stop=stop, **RANDOM)
@@ -96,30 +100,26 @@ def test_a_stop_string_ends_the_text_wherever_token_borders_fall(chat: Loaded, l
         assert tokens.finish_reason == "stop"
 
 
-def test_a_stop_string_at_the_very_end_is_cut_off_and_named_as_the_reason(chat: Loaded) -> None:
-    whole = generate(*chat, QUESTION, **RANDOM)
+def test_a_stop_string_at_the_very_end_is_cut_off_and_named_as_the_reason(chat: Loaded, whole: str) -> None:
     tokens = stream(*chat, QUESTION, stop=[whole[-3:]], **RANDOM)
     assert text_of(tokens) == whole[:-3]
-    assert (tokens.finish_reason, len(tokens.generated_ids)) == ("stop", 60)
+    assert (tokens.finish_reason, len(tokens.generated_ids)) == ("stop", 40)
 
 
-def test_the_beginning_of_a_stop_string_at_the_very_end_is_text(chat: Loaded) -> None:
-    whole = generate(*chat, QUESTION, **RANDOM)
+def test_the_beginning_of_a_stop_string_at_the_very_end_is_text(chat: Loaded, whole: str) -> None:
     tokens = stream(*chat, QUESTION, stop=[whole[-3:] + "never"], **RANDOM)
     assert text_of(tokens) == whole
     assert tokens.finish_reason == "length"
 
 
-def test_a_stop_string_that_breaks_off_does_not_hide_one_inside_it(chat: Loaded) -> None:
-    whole = generate(*chat, QUESTION, **RANDOM)
+def test_a_stop_string_that_breaks_off_does_not_hide_one_inside_it(chat: Loaded, whole: str) -> None:
     inner, broken = whole[22:24], whole[18:27] + "never"
     assert whole.index(inner) == 22
     assert generate(*chat, QUESTION, stop=[broken, inner], **RANDOM) == whole[:22]
     assert generate(*chat, QUESTION, stop=[broken], **RANDOM) == whole
 
 
-def test_no_text_of_a_stop_string_is_ever_shown(chat: Loaded) -> None:
-    whole = generate(*chat, QUESTION, **RANDOM)
+def test_no_text_of_a_stop_string_is_ever_shown(chat: Loaded, whole: str) -> None:
     shown = ""
     for token in stream(*chat, QUESTION, stop=[whole[30:40]], **RANDOM):
         shown += token.text
