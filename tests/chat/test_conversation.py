@@ -576,7 +576,7 @@ def conversation_of(chat: Chat) -> list[str]:
 def test_two_chats_in_two_threads_on_one_model_answer_as_each_alone() -> None:
     def chats() -> list[Chat]:
         samplings = [SamplingParams(temperature=0.9, seed=seed) for seed in (1, 2)]
-        return [scripted_model.chat(max_tokens=24, sampling=sampling, system=f"{sampling}") for sampling in samplings]
+        return [scripted_model.chat(max_tokens=12, sampling=sampling, system=f"{sampling}") for sampling in samplings]
 
     alone = [conversation_of(chat) for chat in chats()]
     together: list[list[str]] = [[], []]

@@ -27,7 +27,7 @@ IDS = (1, 5, 9, 77, 3, 2, 14, 60, 61, 9, 9, 100)
 def small_set():
     """A little of the evaluation set, so that a report takes seconds."""
     given = read_set()
-    return {"texts": [{"text": given["texts"][0]["text"][:200]}], "conversations": given["conversations"][:2]}
+    return {"texts": [{"text": given["texts"][0]["text"][:100]}], "conversations": given["conversations"][:2]}
 
 
 @pytest.fixture(scope="module")

@@ -238,15 +238,15 @@ def test_rows_that_lose_their_place_write_the_same(monkeypatch: pytest.MonkeyPat
 
 def test_room_is_given_back_when_a_long_row_leaves(model: Model) -> None:
     engine = Engine(model, max_rows=2)
-    long = engine.submit(Request(prompt=[5] * 1200, sampling=SamplingParams(), max_tokens=60))
-    short = engine.submit(Request(prompt=[6] * 10, sampling=SamplingParams(), max_tokens=200))
+    long = engine.submit(Request(prompt=[5] * 600, sampling=SamplingParams(), max_tokens=30))
+    short = engine.submit(Request(prompt=[6] * 10, sampling=SamplingParams(), max_tokens=100))
     held = []
     while not engine.is_idle:
         engine.step()
         held.append(engine.held_bytes)
     assert (long.finish_reason, short.finish_reason) == ("length", "length")
-    assert max(held) >= 2 * engine.bytes_of(1200)
-    assert held[-2] == engine.bytes_of(210)
+    assert max(held) >= 2 * engine.bytes_of(600)
+    assert held[-2] == engine.bytes_of(110)
 
 
 def test_a_row_cancelled_in_its_prompt_leaves_within_a_step(model: Model) -> None:

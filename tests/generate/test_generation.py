@@ -47,15 +47,15 @@ def ids_of(chat: Loaded, prompt: Any, **options: Any) -> list[int]:
 def test_greedy_tokens_are_the_likeliest_of_the_whole_sequence_computed_anew(chat: Loaded) -> None:
     ids = prompt_ids(*chat, QUESTION)
     num_prompt = len(ids)
-    for _ in range(40):
+    for _ in range(24):
         ids.append(int(mx.argmax(chat.model(mx.array([ids]))[0, -1]).item()))
-    options = {"max_tokens": 40, "temperature": 0, "ignore_stop_tokens": True}
+    options = {"max_tokens": 24, "temperature": 0, "ignore_stop_tokens": True}
     assert ids_of(chat, QUESTION, **options) == ids[num_prompt:]
     assert ids_of(chat, "What is the capital of Spain?", **options) != ids[num_prompt:]
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(chat: Loaded) -> None:
-    options = {"temperature": 1.5, "max_tokens": 30}
+    options = {"temperature": 1.5, "max_tokens": 16}
     first = generate(*chat, QUESTION, seed=1, **options)
     assert generate(*chat, QUESTION, seed=1, **options) == first
     assert generate(*chat, QUESTION, seed=2, **options) != first

@@ -94,7 +94,7 @@ def test_prose_before_a_loop_does_not_delay_it(encodings: dict[str, Encode]) -> 
         assert abs(late - at_once) <= 64
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     period=st.integers(1, 1500),
     num_different=st.sampled_from([2, 50, 60_000]),
@@ -117,7 +117,7 @@ def test_a_verbatim_cycle_of_any_period_is_noticed_in_time(
         assert guard.repeats >= 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(num_different=st.integers(2, 100_000), seed=st.integers(0, 2**32))
 def test_random_tokens_are_never_a_loop(num_different: int, seed: int) -> None:
     assert tokens_until_noticed(LoopGuard(), random_tokens(4000, num_different, seed)) is None
