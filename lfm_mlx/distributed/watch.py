@@ -22,8 +22,8 @@ import os, select, signal, sys
 limit_s, farewell_s, process, message = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4].encode()
 while True:
     if not select.select([0], [], [], limit_s)[0]:
-        os.write(2, message)
         os.kill(process, signal.SIGKILL)
+        os.write(2, message)  # Last: nobody may be there to read it.
         break
     signs = os.read(0, 64)
     if not signs:

@@ -35,3 +35,11 @@ def test_a_process_that_stands_still_is_ended_and_others_are_not() -> None:
     assert run(0, "hangs", 0.5) == (-signal.SIGKILL, "it stood still")
     assert run(1, "says", PATIENCE_S) == (-signal.SIGKILL, "")
     assert run(2, "ends", PATIENCE_S) == (3, "")
+
+
+def test_a_process_that_stands_still_is_ended_even_if_nobody_reads_why() -> None:
+    command = [sys.executable, "-c", PROGRAM, "0", "hangs", "0.5"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
