@@ -30,7 +30,22 @@ from .recipes import LARGE_CONFIG, RECIPES, ROUNDINGS, UNQUANTIZED, Recipe, reci
 from .staging import find_progress
 
 
-@click.group(name="convert", invoke_without_command=True, context_settings={"max_content_width": 110})
+class _Converter(click.Group):
+    """A command with commands of its own: what is none of these may be meant as the checkpoint."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's; an unknown name is told where a checkpoint goes."""
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            ctx.fail(
+                f"{args[0]!r} is none of the commands {', '.join(self.list_commands(ctx))}; "
+                "a checkpoint goes behind --model, and the folder to make behind --out."
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(name="convert", cls=_Converter, invoke_without_command=True, context_settings={"max_content_width": 110})
 @click.option("--model", metavar="SRC", help="Folder or repo id of the checkpoint, or a GGUF file.  [required]")
 @click.option("--out", metavar="DST", help="Folder to make.  [required]")
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6 or 8 in mode affine.  [default: 4]")

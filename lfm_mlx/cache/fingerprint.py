@@ -28,11 +28,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
     Args:
         folder: the checkpoint.
     """
-    digest = hashlib.blake2b(digest_size=20)
-    for name in _TEXTS:
-        path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
-        digest.update(struct.pack("<QQ", len(name), len(content)) + name.encode() + content)
+    digest = _hash_texts(folder)
     for path in sorted(folder.glob("*.safetensors")):
         facts = path.stat()
         digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode())
@@ -47,11 +43,7 @@ def content_fingerprint(folder: Path) -> str:
     Args:
         folder: the checkpoint.
     """
-    digest = hashlib.blake2b(digest_size=20)
-    for name in _TEXTS:
-        path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
-        digest.update(struct.pack("<QQ", len(name), len(content)) + name.encode() + content)
+    digest = _hash_texts(folder)
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode() + _header_bytes(path))
@@ -60,6 +52,15 @@ def content_fingerprint(folder: Path) -> str:
                 stream.seek(size * i // _NUM_SAMPLES)
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _hash_texts(folder: Path) -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=20)
+    for name in _TEXTS:
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(struct.pack("<QQ", len(name), len(content)) + name.encode() + content)
+    return digest
 
 
 def _header_bytes(path: Path) -> bytes:

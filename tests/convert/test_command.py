@@ -127,6 +127,7 @@ def test_refused_values_are_one_line_and_exit_code_1(run, tmp_path, flags, messa
         (["--out", "x", "--bits", "four"], "'four' is not a valid integer"),
         (["--out", "x", "--router-bits", "4"], "No such option"),
         ([], "Missing option '--out'"),
+        (["folder", "other"], "'folder' is none of the commands dequantize"),
     ],
 )
 def test_wrong_usage_is_explained_and_exit_code_2(run, flags, message):
