@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +33,22 @@ class Fronted:
 
 
 @contextlib.contextmanager
-def fronting(*urls: str, key: str | None = None, **settings: Any) -> Iterator[Fronted]:
+def fronting(
+    *urls: str, key: str | None = None, limits: Mapping[str, Any] | None = None, **settings: Any
+) -> Iterator[Fronted]:
     """A front in a thread, which ends with the block.
+
+    Args:
+        *urls: of the servers behind it.
+        key: theirs.
+        limits: as `HttpServer` takes them.
+        **settings: as `FrontSettings` takes them.
 
     Raises:
         LfmError: what the front raised before it served.
     """
     front = Front(Fleet([Replica(url, key=key) for url in urls]), FrontSettings(**settings))
-    server = HttpServer(make_front_app(front), front, shutdown_timeout_s=1.0)
+    server = HttpServer(make_front_app(front), front, **{"shutdown_timeout_s": 1.0, **(limits or {})})
     listening = bind("127.0.0.1", 0)
     errors: list[BaseException] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Replica:
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,  # A proxy for the way out is none for servers next door.
-            verify=parts.scheme == "https",
+            verify=ssl.create_default_context() if parts.scheme == "https" else False,
         )
 
     async def look(self) -> Facts:
