@@ -21,7 +21,14 @@ from lfm_mlx.distributed import Mode, Ranks, ShardedWeights, check_size, join_ra
 from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
 from lfm_mlx.kernels import COMPILE_VARIABLE, KERNELS_VARIABLE
-from lfm_mlx.memory import SMALLEST_CONTEXT, available_bytes, plan_memory, set_memory_limits
+from lfm_mlx.memory import (
+    SMALLEST_CONTEXT,
+    available_bytes,
+    plan_memory,
+    release_freed,
+    return_large_blocks,
+    set_memory_limits,
+)
 from lfm_mlx.model import Model
 from lfm_mlx.sampling import recommended_sampling
 from lfm_mlx.tokenizer import Tokenizer, load_tokenizer, tool_problems
@@ -168,6 +175,8 @@ def _load_folder(
     def on_part(num_bytes: int) -> None:
         nonlocal done_bytes
         done_bytes += num_bytes
+        if ranks is not None:
+            release_freed()  # What was read and joined leaves much of a layer behind.
         if on_progress is not None:
             elapsed_s = time.perf_counter() - started
             on_progress(LoadProgress(done_bytes=done_bytes, total_bytes=total_bytes, elapsed_s=elapsed_s))
@@ -175,6 +184,7 @@ def _load_folder(
     if ranks is None or part is None:
         built = build_model(config, checkpoint, chosen, on_part)
     else:
+        return_large_blocks()  # Parts are copied out of what is read.
         built = build_model(config, ShardedWeights(checkpoint, part, checkpoint.tensor_part), chosen, on_part)
         set_ranks(shard(built, ranks.group, part), ranks)
     built.sampling = recommended_sampling(

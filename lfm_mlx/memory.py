@@ -239,6 +239,11 @@ def set_memory_limits(plan: MemoryPlan) -> None:
         mx.set_wired_limit(min(plan.total_bytes, working_set))
 
 
+LARGE_BLOCK_BYTES = 4 << 20
+_M_MMAP_THRESHOLD = -3
+"""As <malloc.h> has it."""
+
+
 def release_freed() -> None:
     """Give freed buffers, which MLX and the C library keep for the next allocation, back to the system."""
     mx.clear_cache()
@@ -246,6 +251,14 @@ def release_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_large_blocks() -> None:
+    """Have the C library give blocks of `LARGE_BLOCK_BYTES` back to the system as soon as they are freed."""
+    # Of glibc, which otherwise takes ever larger ones from its heap, where they leave holes.
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def available_bytes() -> int:

@@ -62,10 +62,12 @@ def ask_distributed_run(subject: Subject, *, prompt_len: int = 64, batch_size: i
         "peak_bytes": mx.get_peak_memory(),
         "process_bytes": process_peak_bytes(),
     }
+    peaks = ranks.group.gather(mx.array([mx.get_peak_memory(), process_peak_bytes()], dtype=mx.int64))
+    by_rank = [{"peak_bytes": peak, "process_bytes": process} for peak, process in peaks.tolist()]  # type: ignore[attr-defined]
     return Report(
         question="distributed",
         parameters={**subject.parameters, "prompt_len": prompt_len, "rows": batch_size},
-        results={"phases": found, "rank 0": memory},
+        results={"phases": found, "rank 0": memory, "by_rank": by_rank},
         title=f"What ranks send and hold, {batch_size} x {prompt_len} tokens, then {num_steps} each, {subject.name}",
         header=["rank 0", "seconds", "collectives", "planned", "sent"],
         rows=[
@@ -81,6 +83,7 @@ def ask_distributed_run(subject: Subject, *, prompt_len: int = 64, batch_size: i
         notes=[
             f"rank 0 holds {format_bytes(model.num_bytes)} of weights; MLX's peak: {format_bytes(loaded_bytes)} after "
             f"loading, {format_bytes(memory['peak_bytes'])} in all; process: {format_bytes(memory['process_bytes'])}.",
+            f"process, rank by rank: {', '.join(format_bytes(one['process_bytes']) for one in by_rank)}.",
             "sent: by the connections of mlx.distributed, as Linux counts them; - where the system does not tell.",
         ],
     )

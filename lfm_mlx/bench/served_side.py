@@ -16,7 +16,6 @@ from typing import Any
 
 from lfm_mlx.bench.subject import Subject
 from lfm_mlx.errors import LfmError
-from lfm_mlx.server.__main__ import command as server_command
 
 START_S = 300.0
 """Within which a server has to have loaded its model."""
@@ -61,7 +60,9 @@ def serve_both(model: str, subject: Subject, options: Sequence[str] = ()) -> Ite
 
 def serve_as_rank(subject: Subject, options: Sequence[str] = ()) -> None:
     """On a rank other than 0: share the model with the server that rank 0 starts, until that ends."""
-    server_command.main(_server_options(str(subject.model), subject, options), standalone_mode=False)
+    from lfm_mlx.server.__main__ import command  # 14 MB that no other question needs
+
+    command.main(_server_options(str(subject.model), subject, options), standalone_mode=False)
 
 
 def _server_options(model: str, subject: Subject, options: Sequence[str]) -> list[str]:

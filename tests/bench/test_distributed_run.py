@@ -25,7 +25,10 @@ def test_ranks_send_what_the_plan_says(tmp_path: Path) -> None:
     with launched(tmp_path, *asked, "--prompt-tokens", "24", "--rows", "2", "--steps", "3") as ranks:
         (code, out, err), (other_code, other_out, other_err) = outputs(ranks)
     assert (code, other_code, other_out) == (0, 0, ""), err + other_err
-    phases = json.loads(out)["results"]["phases"]
+    results = json.loads(out)["results"]
+    phases = results["phases"]
+    assert results["by_rank"][0]["process_bytes"] == pytest.approx(results["rank 0"]["process_bytes"], rel=0.1)
+    assert [one["process_bytes"] > one["peak_bytes"] > 0 for one in results["by_rank"]] == [True, True]
     assert [phase["phase"] for phase in phases] == ["prompts", "decode"]
     for phase in phases:
         assert phase["planned_bytes"] > 0
