@@ -63,7 +63,8 @@ def ask_distributed_run(subject: Subject, *, prompt_len: int = 64, batch_size: i
         "process_bytes": process_peak_bytes(),
     }
     peaks = ranks.group.gather(mx.array([mx.get_peak_memory(), process_peak_bytes()], dtype=mx.int64))
-    by_rank = [{"peak_bytes": peak, "process_bytes": process} for peak, process in peaks.tolist()]  # type: ignore[attr-defined]
+    held: Any = peaks.tolist()
+    by_rank: list[dict[str, int]] = [{"peak_bytes": peak, "process_bytes": process} for peak, process in held]
     return Report(
         question="distributed",
         parameters={**subject.parameters, "prompt_len": prompt_len, "rows": batch_size},
