@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lfm_mlx.cache import Transcript
@@ -18,10 +18,13 @@ from lfm_mlx.engine.control import Control, ReasoningTokens
 from lfm_mlx.errors import OptionError
 from lfm_mlx.memory import room_for_answer
 from lfm_mlx.model import Model
-from lfm_mlx.parsing import OutputStream, ParsedOutput, RawStream, StopStrings, collect
+from lfm_mlx.parsing import OutputStream, ParsedOutput, RawStream, StopStrings, collect, merged
 from lfm_mlx.parsing.loop_guard import LoopGuard
 from lfm_mlx.tokenizer import Tokenizer, special
 from lfm_mlx.types import FinishReason, OutputEvent, SamplingParams, Tool, check_integer, check_number
+
+MERGED_EVENTS = 512
+"""Events that an answer keeps at least before it joins those that may be one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,7 @@ class Answer(Iterator[OutputEvent]):
         self._has_news = threading.Event()
         self._pending: deque[OutputEvent] = deque()
         self._written: list[OutputEvent] = []
+        self._merged_at = MERGED_EVENTS
         self._finish_reason: FinishReason | None = None
         if self._engine is not None:
             self._row = self._engine.submit(request)
@@ -144,7 +148,7 @@ class Answer(Iterator[OutputEvent]):
             self._go_on()
             self._collect()
         event = self._pending.popleft()
-        self._written.append(event)
+        self._note_written([event])
         return event
 
     def __del__(self) -> None:
@@ -159,7 +163,7 @@ class Answer(Iterator[OutputEvent]):
         self._collect()
         events = list(self._pending)
         self._pending.clear()
-        self._written += events
+        self._note_written(events)
         return events
 
     def cancel(self) -> None:
@@ -222,6 +226,13 @@ class Answer(Iterator[OutputEvent]):
             self._has_news.clear()
         elif self._row.finish_reason is None:
             self._engine.step()
+
+    def _note_written(self, events: Iterable[OutputEvent]) -> None:
+        self._written += events
+        if len(self._written) >= self._merged_at:
+            # An event a token would be ten times the size of the text.
+            self._written = merged(self._written)
+            self._merged_at = len(self._written) + MERGED_EVENTS
 
     def _collect(self) -> None:
         """Queue the events that have come, and those that were held back until the row ended."""

@@ -244,7 +244,13 @@ class Chat:
                 return
 
     def _new_answer(self, structured: StructuredAnswer | None, *, is_first: bool) -> Answer:
-        prompt = render_prompt(self.tokenizer, self.messages, tools=self.tools, **self._variables)
+        prompt = render_prompt(
+            self.tokenizer,
+            self.messages,
+            tools=self.tools,
+            max_tokens=self.model.max_context,
+            **self._variables,
+        )
         constraint = self._constraint if is_first else self._later_constraint
         options = self.options
         changed: dict[str, Any] = {"constraint": structured.constraint if structured is not None else constraint}

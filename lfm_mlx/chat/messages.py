@@ -48,6 +48,7 @@ def render_prompt(
     *,
     tools: Iterable[object] | None = None,
     add_generation_prompt: bool = True,
+    max_tokens: int | None = None,
     **variables: object,
 ) -> RenderedPrompt:
     """The prompt for a conversation.
@@ -60,11 +61,13 @@ def render_prompt(
         messages: in OpenAI's form.
         tools: whatever `as_tools` takes.
         add_generation_prompt: whether the prompt ends where the assistant's answer begins.
+        max_tokens: refuse a prompt that is far longer, by its beginning alone.
         variables: further variables of the template.
 
     Raises:
         TemplateError: a message cannot be rendered; the text names its index.
         OptionError: a tool is malformed.
+        ContextLengthError: see `Tokenizer.check_length`.
     """
     turns = read_turns(messages)
     listed = as_tools(tools or ())
@@ -80,6 +83,8 @@ def render_prompt(
 
     shaper = _Shaper(tokenizer, has_tools=bool(listed))
     text = render(shaper)
+    if max_tokens is not None:
+        tokenizer.check_length(text, max_tokens)
     if not shaper.quotes:
         ids = tokenizer.encode(text, add_bos=False)
     else:

@@ -1,6 +1,6 @@
 """What generated text means."""
 
-from lfm_mlx.parsing.output import OutputStream, ParsedOutput, RawStream, collect, parse_output
+from lfm_mlx.parsing.output import OutputStream, ParsedOutput, RawStream, collect, merged, parse_output
 from lfm_mlx.parsing.render import render_calls
 from lfm_mlx.parsing.schemas import tool_schemas
 from lfm_mlx.parsing.stop_strings import StopStrings
@@ -11,6 +11,7 @@ __all__ = [
     "RawStream",
     "StopStrings",
     "collect",
+    "merged",
     "parse_output",
     "render_calls",
     "tool_schemas",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -144,6 +145,21 @@ def parse_output(text: str, tools: Iterable[Tool] | None = None, *, in_reasoning
     """
     stream = OutputStream(tools, in_reasoning=in_reasoning)
     return collect([*stream.feed(text), *stream.finish()], in_reasoning=in_reasoning, is_open=stream.is_reasoning)
+
+
+def merged(events: Iterable[OutputEvent]) -> list[OutputEvent]:
+    """The same answer in as few events as possible: deltas of one kind in a row become one."""
+    out: list[OutputEvent] = []
+    for kind, run in itertools.groupby(events, type):
+        group = list(run)
+        text = "".join(event.text for event in group if isinstance(event, ContentDelta | ReasoningDelta))
+        if issubclass(kind, ContentDelta):
+            out.append(ContentDelta(text=text))
+        elif issubclass(kind, ReasoningDelta):
+            out.append(ReasoningDelta(text=text))
+        else:
+            out += group
+    return out
 
 
 def collect(events: Iterable[OutputEvent], *, in_reasoning: bool = False, is_open: bool = False) -> ParsedOutput:

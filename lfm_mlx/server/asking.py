@@ -75,7 +75,7 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
     tools = as_tools(ask.tools)
     if ask.prompt is not None and not isinstance(ask.prompt, str):
         model.checked_prompt(ask.prompt)
-    prompt = _prompt(tokenizer, ask, tools)
+    prompt = _prompt(tokenizer, ask, tools, model.max_context)
     model.checked_prompt(prompt.ids)
     # A model without markers for reasoning keeps within any budget.
     can_reason = reasoning_tokens(tokenizer) is not None
@@ -108,11 +108,12 @@ def check_variables(variables: Mapping[str, Any]) -> None:
             )
 
 
-def _prompt(tokenizer: Tokenizer, ask: Ask, tools: Sequence[Tool]) -> RenderedPrompt:
+def _prompt(tokenizer: Tokenizer, ask: Ask, tools: Sequence[Tool], max_tokens: int) -> RenderedPrompt:
     if ask.prompt is None:
         check_variables(ask.variables)
-        return render_prompt(tokenizer, ask.messages, tools=tools or None, **ask.variables)
+        return render_prompt(tokenizer, ask.messages, tools=tools or None, max_tokens=max_tokens, **ask.variables)
     if isinstance(ask.prompt, str):
+        tokenizer.check_length(ask.prompt, max_tokens)
         return RenderedPrompt(text=ask.prompt, ids=tuple(tokenizer.encode(ask.prompt)), opens_reasoning=False)
     return RenderedPrompt(text=tokenizer.decode(ask.prompt), ids=tuple(ask.prompt), opens_reasoning=False)
 

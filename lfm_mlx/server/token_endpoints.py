@@ -31,6 +31,9 @@ TOKENIZE = Fields(
     }
 )
 DETOKENIZE = Fields({"model": Text(), "tokens": ListOf(whole(0))}, required=["tokens"])
+MIN_LIMIT = 65_536
+"""Texts are counted up to so many tokens, where the context is not longer; those far beyond it are refused."""
+
 _OF_MESSAGES = ("tools", "chat_template_kwargs", "add_generation_prompt")
 
 
@@ -55,12 +58,14 @@ async def detokenize(request: Request) -> Response:
 
 
 def _encode(service: Service, fields: Mapping[str, Any]) -> list[int]:
+    limit = max(service.model.max_context, MIN_LIMIT)
     if ("prompt" in fields) == ("messages" in fields):
         raise ApiError("prompt and messages were given both or neither, expected one of them", param="prompt")
     if "messages" not in fields:
         for name in _OF_MESSAGES:
             if name in fields:
                 raise ApiError(f"{name} was given with prompt, expected it with messages; leave it out", param=name)
+        service.tokenizer.check_length(fields["prompt"], limit)
         return service.tokenizer.encode(fields["prompt"], add_bos=fields.get("add_special_tokens", True))
     if "add_special_tokens" in fields:
         raise ApiError(
@@ -75,6 +80,7 @@ def _encode(service: Service, fields: Mapping[str, Any]) -> list[int]:
         fields["messages"],
         tools=as_tools(fields.get("tools", ())) or None,
         add_generation_prompt=fields.get("add_generation_prompt", True),
+        max_tokens=limit,
         **variables,
     )
     return list(prompt.ids)

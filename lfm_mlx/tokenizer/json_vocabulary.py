@@ -46,7 +46,8 @@ class JsonVocabulary:
         self.strips_all_opening_spaces = False
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        # Unlike `encode` it lets other threads run meanwhile, and it finds no offsets, which take twice the memory.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def token_id(self, token: str) -> int | None:

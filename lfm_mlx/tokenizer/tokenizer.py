@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
-from lfm_mlx.errors import CheckpointError, OptionError, TemplateError
+from lfm_mlx.errors import CheckpointError, ContextLengthError, OptionError, TemplateError
 from lfm_mlx.tokenizer import special
 from lfm_mlx.tokenizer.detokenizer import StreamingDetokenizer
 from lfm_mlx.tokenizer.json_vocabulary import JsonVocabulary
@@ -14,6 +14,9 @@ from lfm_mlx.tokenizer.template import ChatTemplate
 from lfm_mlx.tokenizer.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lfm_mlx.tokenizer.vocabulary import ByteErrors, Vocabulary
 from lfm_mlx.types import Message, Tool
+
+LONG_TOKEN = 8
+"""Characters that hardly any text has in a token on average."""
 
 
 class Tokenizer:
@@ -83,6 +86,28 @@ class Tokenizer:
         if add_bos and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Refuse a text that is far too long by its beginning alone: encoding megabytes takes gigabytes and minutes.
+
+        Args:
+            text: as for `encode`.
+            max_tokens: what it may have. Not every text with more is refused.
+
+        Raises:
+            ContextLengthError: its beginning has more.
+            OptionError: as `encode`.
+        """
+        head = text[: LONG_TOKEN * max_tokens]
+        if len(text) <= 2 * len(head):
+            return
+        num_tokens = len(self.encode(head))
+        # Cut within a word, the last one may have a few tokens more than it would have with its end.
+        if num_tokens > max_tokens + LONG_TOKEN:
+            raise ContextLengthError(
+                f"prompt has {len(text):,} characters, {num_tokens:,} tokens in the first {len(head):,} of them, "
+                f"expected fewer than {max_tokens:,} tokens in all; shorten it"
+            )
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.

@@ -1,4 +1,5 @@
 import codecs
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tool_call_corpus import LISTS, REFUSED_VALUES, VALUES
 
 from lfm_mlx.errors import OptionError
-from lfm_mlx.parsing import OutputStream, ParsedOutput, collect, parse_output, render_calls
+from lfm_mlx.parsing import OutputStream, ParsedOutput, collect, merged, parse_output, render_calls
 from lfm_mlx.parsing.router import Router, Span
 from lfm_mlx.tokenizer.special import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
 from lfm_mlx.types import ContentDelta, OutputEvent, ReasoningDelta, ToolCall, ToolCallDone
@@ -299,3 +300,14 @@ def test_markers_without_end_are_routed_once(unit: str, opening: str) -> None:
 def test_parsed_output_is_a_value() -> None:
     parsed = parse_output("x")
     assert replace(parsed, content="y") != parsed
+
+
+@many
+@given(TEXTS)
+def test_merged_events_are_the_same_answer_in_fewer(text: str) -> None:
+    stream = OutputStream()
+    events = [event for character in text for event in stream.feed(character)] + stream.finish()
+    fewer = merged(events)
+    assert collect(fewer) == collect(events)
+    neighbours = [type(before) for before, event in itertools.pairwise(fewer) if type(before) is type(event)]
+    assert not {ContentDelta, ReasoningDelta} & set(neighbours)

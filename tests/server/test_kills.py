@@ -27,6 +27,8 @@ from lfm_mlx.step import Stepper
 MEMORY_SLACK_BYTES = 4_000_000
 """Less than one row of the tiny model holds: compiled graphs and the like may stay."""
 
+MEGABYTES = "a rainy day in 1999, " * 80_000
+
 JUNK = [True, 5, -1, 1.5, 10**30, 1e308, "", "x", [], [[]], ["x"], {}, {"x": 1}, {"type": 5}]
 
 
@@ -192,6 +194,23 @@ def test_a_body_that_is_too_large_is_refused_before_it_has_come(served: Running,
     assert head.startswith(b"HTTP/1.1 413")
     assert b"connection: close" in head
     assert json.loads(body)["error"]["type"] == ("request_too_large" if "messages" in path else "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": MEGABYTES}]}),
+        ("/v1/completions", {"prompt": MEGABYTES}),
+        ("/tokenize", {"prompt": MEGABYTES}),
+        ("/tokenize", {"messages": [{"role": "user", "content": MEGABYTES}]}),
+    ],
+)
+def test_a_prompt_of_megabytes_is_refused_by_its_beginning(served: Running, path: str, fields: dict[str, Any]) -> None:
+    found = served.http.post(path, json=fields)
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert "in the first" in error["message"]
+    assert error["code"] == "context_length_exceeded"
 
 
 def test_more_large_bodies_at_once_than_there_is_room_for(served: Running) -> None:

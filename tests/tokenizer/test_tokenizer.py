@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lfm_mlx.errors import CheckpointError, OptionError
+from lfm_mlx.errors import CheckpointError, ContextLengthError, OptionError
 from lfm_mlx.tokenizer import Tokenizer, load_tokenizer, special
 
 MESSAGES = [
@@ -26,6 +26,17 @@ def write_added(folder: Path, **files: Any) -> Path:
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     return folder
+
+
+def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(json_tokenizer: Tokenizer) -> None:
+    text = "The quick brown fox, 12345. " * 400
+    num_tokens = len(json_tokenizer.encode(text, add_bos=False))
+    with pytest.raises(ContextLengthError, match=r"tokens in the first 320 of them, expected fewer than 40 tokens"):
+        json_tokenizer.check_length(text, 40)
+    json_tokenizer.check_length(text, num_tokens)
+    # Nothing is refused that would fit: not a text of few long tokens either.
+    stop = special.TURN_END * 200
+    json_tokenizer.check_length(stop, len(json_tokenizer.encode(stop, add_bos=False)))
 
 
 @pytest.mark.parametrize("generation", lfm_templates.ALL)
