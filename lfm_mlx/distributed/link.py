@@ -36,6 +36,9 @@ BLAME_S = 0.5
 LEAVE_S = 2.0
 """In which a rank leaves by itself after the end."""
 
+OTHERS_S = 0.2
+"""What MLX's own thread says about a lost connection comes in pieces; a line of ours waits until it has been said."""
+
 _TOLD = "rank 0 is gone: it failed"
 """How the failure begins of which rank 0 has told its user already."""
 
@@ -324,6 +327,7 @@ class Link:
 
 
 def _write_error(text: str) -> None:
+    time.sleep(OTHERS_S)
     with contextlib.suppress(OSError):  # Nobody may be there to read it.
         os.write(2, f"error: {text}\n".encode())
 
