@@ -234,8 +234,12 @@ def prefill_chunk_tokens(config: ModelConfig, dtype: mx.Dtype, budget_bytes: int
 def set_memory_limits(plan: MemoryPlan) -> None:
     """Keep few freed buffers, and on a Mac keep the weights from being paged out while others use memory."""
     working_set = _gpu_working_set()
-    mx.set_cache_limit(CPU_CACHE_BYTES if working_set is None else GPU_CACHE_BYTES)
-    if working_set is not None and mx.metal.is_available():
+    if working_set is None:
+        mx.set_cache_limit(CPU_CACHE_BYTES)
+        return_large_blocks()
+        return
+    mx.set_cache_limit(GPU_CACHE_BYTES)
+    if mx.metal.is_available():
         mx.set_wired_limit(min(plan.total_bytes, working_set))
 
 
