@@ -162,9 +162,11 @@ class QuotedTokens:
 
     def escape(self, literal: str) -> str:
         """A text of Python or JSON literals whose strings hold no special tokens, and mean the same."""
-        for at, string in reversed(self.find(literal)):
-            literal = f"{literal[:at]}\\u{ord(string[0]):04x}{literal[at + 1 :]}"
-        return literal
+        parts, end = [], 0
+        for at, string in self.find(literal):
+            parts += [literal[end:at], f"\\u{ord(string[0]):04x}"]
+            end = at + 1
+        return "".join([*parts, literal[end:]])
 
 
 class _Shaper:
@@ -174,7 +176,7 @@ class _Shaper:
         mark: put into every quoted special token, behind its first character; "" changes nothing.
 
     Attributes:
-        quotes: the special tokens that were quoted, each with its place, in words.
+        quotes: which values quote special tokens, each with its place and the first of them, in words.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, has_tools: bool, mark: str = "") -> None:
@@ -254,10 +256,11 @@ class _Shaper:
         """A copy of a JSON value whose quoted special tokens are cut by the mark."""
         if isinstance(value, str):
             found = self._finder.find(value, keep)
-            self.quotes += [f"{place} quotes the special token {string!r}" for _, string in found]
-            for at, _ in reversed(found):
-                value = value[: at + 1] + self._mark + value[at + 1 :]
-            return value
+            if not found:
+                return value
+            self.quotes.append(f"{place} quotes the special token {found[0][1]!r}")
+            borders = [0, *(at + 1 for at, _ in found), len(value)]
+            return self._mark.join(value[start:end] for start, end in itertools.pairwise(borders))
         if isinstance(value, Mapping):
             return {self._apart(key, place): self._apart(item, place, keep) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

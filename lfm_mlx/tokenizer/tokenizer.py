@@ -18,6 +18,9 @@ from lfm_mlx.types import Message, Tool
 LONG_TOKEN = 8
 """Characters that hardly any text has in a token on average."""
 
+PIECE_CHARS, CUT_TOKENS = 8192, 16
+"""Of a text that is measured piece by piece: a piece, and tokens that cutting it out may add."""
+
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template. Make one with `load_tokenizer`.
@@ -98,16 +101,17 @@ class Tokenizer:
             ContextLengthError: its beginning has more.
             OptionError: as `encode`.
         """
-        head = text[: LONG_TOKEN * max_tokens]
-        if len(text) <= 2 * len(head):
+        if len(text) <= LONG_TOKEN * max_tokens:
             return
-        num_tokens = len(self.encode(head))
-        # Cut within a word, the last one may have a few tokens more than it would have with its end.
-        if num_tokens > max_tokens + LONG_TOKEN:
-            raise ContextLengthError(
-                f"prompt has {len(text):,} characters, {num_tokens:,} tokens in the first {len(head):,} of them, "
-                f"expected fewer than {max_tokens:,} tokens in all; shorten it"
-            )
+        num_tokens = 0
+        for stop in range(PIECE_CHARS, len(text) + PIECE_CHARS, PIECE_CHARS):
+            num_tokens += len(self.encode(text[stop - PIECE_CHARS : stop], add_bos=False))
+            # Cut in two, a word has a few tokens more than whole.
+            if num_tokens > max_tokens + CUT_TOKENS * stop // PIECE_CHARS:
+                raise ContextLengthError(
+                    f"prompt has {len(text):,} characters, some {num_tokens:,} tokens in the first {stop:,} of them, "
+                    f"expected fewer than {max_tokens:,} tokens in all; shorten it"
+                )
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.

@@ -200,6 +200,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_has_come(served: Running,
     ("path", "fields"),
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": MEGABYTES}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "<|im_end|>" * 30_000}]}),
         ("/v1/completions", {"prompt": MEGABYTES}),
         ("/tokenize", {"prompt": MEGABYTES}),
         ("/tokenize", {"messages": [{"role": "user", "content": MEGABYTES}]}),

@@ -31,12 +31,13 @@ def write_added(folder: Path, **files: Any) -> Path:
 def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(json_tokenizer: Tokenizer) -> None:
     text = "The quick brown fox, 12345. " * 400
     num_tokens = len(json_tokenizer.encode(text, add_bos=False))
-    with pytest.raises(ContextLengthError, match=r"tokens in the first 320 of them, expected fewer than 40 tokens"):
+    with pytest.raises(ContextLengthError, match=r"tokens in the first 8,192 of them, expected fewer than 40 tokens"):
         json_tokenizer.check_length(text, 40)
     json_tokenizer.check_length(text, num_tokens)
     # Nothing is refused that would fit: not a text of few long tokens either.
-    stop = special.TURN_END * 200
-    json_tokenizer.check_length(stop, len(json_tokenizer.encode(stop, add_bos=False)))
+    for long_tokens in (special.TURN_END * 5000, " " * 50_000):
+        num_tokens = len(json_tokenizer.encode(long_tokens, add_bos=False))
+        json_tokenizer.check_length(long_tokens, num_tokens)
 
 
 @pytest.mark.parametrize("generation", lfm_templates.ALL)
