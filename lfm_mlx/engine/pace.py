@@ -7,10 +7,11 @@ all of its tokens), and yet no running row waits for the whole of it.
 
 from __future__ import annotations
 
-SHARE = 0.75
-"""Prompts may take so much of the time that decoding takes: running rows keep 4/7 of their speed."""
+SHARE = 0.55
+"""Prompts may take so much of the time that decoding takes. Decoding is slower beside them too, by up to a third: its
+next step cannot be built while the one before is computed. So running rows keep about half of their speed."""
 
-LONGEST_LAYER = 0.7
+LONGEST_LAYER = 0.9
 """What the slowest layer of a chunk is to take of the time that prompts have in a step."""
 
 SMOOTHING = 0.2

@@ -57,7 +57,7 @@ def test_layers_of_unequal_cost_run_together_while_they_fit() -> None:
 
 
 def test_when_even_one_layer_takes_long_it_is_paid_for() -> None:
-    later = run(Pace(2048), 0.01, lambda layer, n: 0.1 + 1e-3 * n)[1000:]
+    later = run(Pace(2048), 0.01, lambda layer, n: 0.1 + 1e-3 * n, 6000)[1000:]
     assert sum(step.prompts_s for step in later) <= 1.3 * 0.01 * len(later)
     # About as long as its start: half of the work is not lost.
     assert 35 <= max(step.tokens for step in later) <= 400
