@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lfm_mlx.constrain import Mask, Matcher
 from lfm_mlx.parsing.loop_guard import LoopGuard
 from lfm_mlx.types import FinishReason
+
+if TYPE_CHECKING:
+    from lfm_mlx.constrain import Mask, Matcher
 
 
 @dataclass(frozen=True, kw_only=True)
