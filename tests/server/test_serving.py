@@ -173,7 +173,7 @@ def test_memory_goes_back_to_the_system_after_long_prompts() -> None:
         for number in range(2):
             ask(f"{number} one two " * 100)
         high = resident()
-        assert high > before + 20e6
+        assert high > before + 8e6
         wait_until(lambda: resident() < (before + high) / 2)
         ask("Say hello.")
 
