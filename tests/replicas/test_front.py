@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import socket
@@ -138,25 +139,33 @@ def test_a_client_that_does_not_read_is_dropped_and_its_answer_with_it(pair: Pai
     assert pair[0].service.engine.counters.num_cancelled == before + 1
 
 
+def has_open(one: Running, count: int) -> bool:
+    """Whether so many answers run or wait."""
+    return one.service.num_open == count
+
+
 def test_a_server_without_room_passes_a_request_on(fronted: Fronted, pair: Pair) -> None:
-    with contextlib.ExitStack() as stack:
-        for number in range(2):  # One is written, and one waits: more does not go into this server.
-            stack.enter_context(contextlib.closing(httpx.Client(base_url=pair[0].url)))
+    def fill(one: Running, stack: contextlib.ExitStack) -> None:
+        for count in (1, 2):  # One is written, and one waits: more does not go into this server.
             body = {"messages": [SYSTEM], "stream": True, **LONG}
-            stack.enter_context(pair[0].http.stream("POST", "/v1/chat/completions", json=body))
-            wait_until(lambda number=number: pair[0].service.num_open == number + 1)  # type: ignore[misc]
+            stack.enter_context(one.http.stream("POST", "/v1/chat/completions", json=body))
+            wait_until(functools.partial(has_open, one, count))
+
+    with contextlib.ExitStack() as stack:
+        fill(pair[0], stack)
         fronted.replica(pair[1]).num_open += 3  # So that the full one comes first.
-        answer = fronted.chat(max_tokens=2)
+        try:
+            answer = fronted.chat(max_tokens=2)
+        finally:
+            fronted.replica(pair[1]).num_open -= 3
         assert answer.status_code == 200, answer.text
         assert 'router_retries_total{replica="' in fronted.http.get("/metrics").text
-        fronted.replica(pair[1]).is_ready = False
+        fill(pair[1], stack)
         refused = fronted.chat(max_tokens=2)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "queue_full"
         assert "retry-after" in refused.headers
-    fronted.replica(pair[1]).num_open -= 3
-    fronted.replica(pair[1]).is_ready = True
-    wait_until(lambda: pair[0].is_idle() and fronted.front.num_open == 0)
+    wait_until(lambda: all(one.is_idle() for one in pair) and fronted.front.num_open == 0)
 
 
 def test_a_stored_response_is_found_wherever_it_is(fronted: Fronted, pair: Pair) -> None:
