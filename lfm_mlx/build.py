@@ -54,26 +54,27 @@ def build_model(
 ) -> Model:
     """Assemble and evaluate a model; at no time does more than one layer exist twice.
 
+    The embedding comes last: while matrices of a layer are joined, their parts take the place that it will have.
+
     Args:
         config: the architecture.
         weights: every tensor that `lfm_mlx.names.expected_tensors` lists, plain or quantised.
         dtype: of activations, unquantised weights, and affine scales and biases. Router bias and convolution taps
             stay float32.
-        on_part: called after each part (embedding, each layer, final norm and head) with its bytes in memory.
+        on_part: called after each part (each layer, final norm and head, embedding) with its bytes in memory.
     """
     builder = _Builder(config, weights, dtype)
     report = on_part or (lambda num_bytes: None)
-    embedding = Embedding(builder.table(EMBEDDING))
-    report(_evaluate(embedding))
     layers = []
     for i in range(config.num_layers):
         layers.append(builder.block(i))
         report(_evaluate(layers[-1]))
     norm = Norm(builder.plain(FINAL_NORM), config.norm_eps)
     head = None if config.tie_embeddings else builder.matrix(HEAD)
-    model = Model(config=config, embed_tokens=embedding, layers=layers, embedding_norm=norm, lm_head=head, dtype=dtype)
     report(_evaluate(norm) + (_evaluate(head) if head is not None else 0))
-    return model
+    embedding = Embedding(builder.table(EMBEDDING))
+    report(_evaluate(embedding))
+    return Model(config=config, embed_tokens=embedding, layers=layers, embedding_norm=norm, lm_head=head, dtype=dtype)
 
 
 def build_embedding(config: ModelConfig, weights: Weights, dtype: mx.Dtype) -> Embedding:

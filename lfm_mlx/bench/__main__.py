@@ -11,7 +11,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from lfm_mlx.bench.attention_memory import ask_attention_memory
 from lfm_mlx.bench.conversion_cost import ask_conversion_cost
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.distributed_plan import ask_distributed_plan
@@ -20,20 +19,18 @@ from lfm_mlx.bench.false_alarms import ask_false_alarms
 from lfm_mlx.bench.host_time import ask_host_time
 from lfm_mlx.bench.kernel_trials import ask_kernel_trials
 from lfm_mlx.bench.launch_count import ask_launches
-from lfm_mlx.bench.mask_time import MIN_VOCAB_SIZE, VOCAB_SIZE, ask_mask_time
 from lfm_mlx.bench.memory_use import ask_memory
 from lfm_mlx.bench.peer import PEERS
 from lfm_mlx.bench.plot import plot_decode, plot_serving
 from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
-from lfm_mlx.bench.served_side import serve_as_rank
-from lfm_mlx.bench.serving_speed import ask_serving
-from lfm_mlx.bench.shapes import SHAPES
+from lfm_mlx.bench.shapes import SHAPES, TAILS
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
-from lfm_mlx.bench.synthetic import TAILS, write_synthetic
 from lfm_mlx.distributed import is_first_rank, launched_world, leave_quietly
 from lfm_mlx.errors import OptionError
 from lfm_mlx.terminal import format_bytes, run
+
+# Questions that need numpy, grammars or HTTP are imported when they are asked, see `lfm_mlx.bench`.
 
 MOST = 1_000_000
 """Larger numbers of tokens, rows or repeats are refused as slips."""
@@ -170,6 +167,8 @@ def convert(model: Path, jobs: int | None, peer: str | None) -> None:
 @click.option("--seed", default=0, show_default=True, type=int, help="The same one gives the same bytes.")
 def synthetic(shapes: str, out: Path, shards: int, tails: str, seed: int) -> None:
     """Write a checkpoint of random weights in Hugging Face's layout, for `convert`; it measures nothing."""
+    from lfm_mlx.bench.synthetic import write_synthetic
+
     num_bytes = write_synthetic(shapes, out, num_shards=shards, tails=tails, seed=seed)
     click.echo(f"{out}: {format_bytes(num_bytes)}")
 
@@ -196,6 +195,8 @@ def memory(**options: Any) -> None:
 @click.option("--kv-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Bits of them.")
 def attention(kv_bits: str, **options: Any) -> None:
     """Bytes that attention over quantised keys and values takes beside them, and its error; one layer."""
+    from lfm_mlx.bench.attention_memory import ask_attention_memory
+
     _finish(ask_attention_memory(kv_bits=int(kv_bits), **_given(**options)))
 
 
@@ -207,14 +208,16 @@ def attention(kv_bits: str, **options: Any) -> None:
 )
 @click.option(
     "--vocab-size",
-    type=click.IntRange(MIN_VOCAB_SIZE, MOST),
-    help=f"Tokens of the made-up vocabulary.  [default: {VOCAB_SIZE}]",
+    type=COUNT,
+    help="Tokens of the made-up vocabulary.  [default: 128000]",
 )
 @click.option("--tools", "num_tools", **NUMBERS, help="Numbers of tools.")
 @click.option("--starts", type=COUNT, help="Grammars started in each case.")
 @click.option("--answers", type=COUNT, help="Answers drawn in each case.")
 def constrain(model: Path | None, vocab_size: int | None, **options: Any) -> None:
     """Time of a mask and of a grammar's start, for tools, a JSON schema and a regex; needs no weights and no GPU."""
+    from lfm_mlx.bench.mask_time import ask_mask_time
+
     if model is not None and vocab_size is not None:
         raise click.UsageError("give either --model or --vocab-size")
     _finish(ask_mask_time(model, **_given(vocab_size=vocab_size, **options)))
@@ -244,6 +247,9 @@ def loops(model: Path, texts: Path | None, files: int | None, tokens: int | None
 @parallel_options
 def serving(model: str, peer: str | None, plot: Path | None, **options: Any) -> None:
     """Servers from outside: first token, gaps between tokens, throughput, prefixes, a long prompt among streams."""
+    from lfm_mlx.bench.served_side import serve_as_rank
+    from lfm_mlx.bench.serving_speed import ask_serving
+
     subject, measured = _split(
         {**dict.fromkeys(("shapes", "kv_bits")), "bits": "4", "model": model, "peer": peer, **options}
     )
@@ -356,6 +362,8 @@ def _finish(
 
 
 def _run_suite() -> None:
+    from lfm_mlx.bench.mask_time import ask_mask_time
+
     large, here = Subject(peer=True), Subject(shapes=default_shapes(), peer=has_room_for_peer())
     reports = []
     for ask in (

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from lfm_mlx import build
 from lfm_mlx.config import ModelConfig, Quantization
@@ -18,6 +17,9 @@ from lfm_mlx.distributed import Cut, RankPart, Ranks, ShardedWeights, check_size
 from lfm_mlx.errors import OptionError
 from lfm_mlx.model import Model
 from lfm_mlx.names import Shape, expected_tensors, is_matrix, is_router
+
+TAILS = ("normal", "heavy")
+"""How weights are distributed: normally, or by Student's t of three degrees, which has outliers as trained ones do."""
 
 BITS = (4, 8, 16)
 """Bits a made-up weight may have; 16 leaves matrices unquantised."""
@@ -205,6 +207,8 @@ class RandomWeights(_Storage):
             return mx.full(shape, self._scale(path) * (1.0 if part == "scales" else self._offset(path)), dtype=dtype)
         if dtype == mx.uint32:
             # MLX draws integers through float32: four times the bytes, which would be the peak of what is measured.
+            import numpy as np
+
             generator = np.random.default_rng(seed)
             return mx.array(np.frombuffer(generator.bytes(4 * math.prod(shape)), dtype=np.uint32).reshape(shape))
         if name.endswith("norm.weight"):

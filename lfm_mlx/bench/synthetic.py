@@ -16,13 +16,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm_mlx.bench.shapes import SHAPES, config_named
+from lfm_mlx.bench.shapes import SHAPES, TAILS, config_named
 from lfm_mlx.config import ModelConfig
 from lfm_mlx.errors import OptionError
 from lfm_mlx.names import Shape, expected_tensors, is_matrix
-
-TAILS = ("normal", "heavy")
-"""How weights are distributed: normally, or by Student's t of three degrees, which has outliers as trained ones do."""
 
 _HF_MATRICES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _CHUNK = 1 << 24

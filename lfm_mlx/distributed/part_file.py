@@ -6,13 +6,8 @@ import math
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 SCRATCH_BYTES = 4 << 20
 """Read at once where what is wanted and what is not lie close together."""
@@ -20,8 +15,8 @@ SCRATCH_BYTES = 4 << 20
 STRETCH_BYTES = 64 << 10
 """Stretches of at least so many bytes are read by themselves."""
 
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
-"""As what numpy reads the dtypes of safetensors."""
+_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+"""The dtypes of safetensors."""
 
 
 def read_ranges(
@@ -40,53 +35,63 @@ def read_ranges(
     Raises:
         OSError: the file cannot be read, or is too short.
     """
-    import numpy as np  # takes a tenth of a second, and few programs need it
-
-    stored = np.dtype(_STORED[dtype])
-    inner = math.prod(shape[axis + 1 :]) * stored.itemsize
+    stored = _STORED[dtype]
+    inner = math.prod(shape[axis + 1 :]) * stored.size
     outer = math.prod(shape[:axis])
     spans = [(places.start * inner, places.stop * inner) for places in ranges]
-    found = np.empty((outer, sum(stop - start for start, stop in spans)), dtype=np.uint8)
+    found = _new_bytes(outer, sum(stop - start for start, stop in spans))
+    wanted = _bytes_of(found)
     with file.open("rb", buffering=0) as stream:
         if min(stop - start for start, stop in spans) >= STRETCH_BYTES:
-            _read_stretches(stream, offset, shape[axis] * inner, spans, found)
+            _read_stretches(stream, offset, shape[axis] * inner, spans, wanted)
         else:
-            _read_blocks(stream, offset, shape[axis] * inner, spans, found)
-    array = mx.array(found.view(stored).reshape(*shape[:axis], -1, *shape[axis + 1 :]))
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
+            _read_blocks(stream, offset, shape[axis] * inner, spans, wanted)
+    return found.view(stored).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+
+def _new_bytes(num_rows: int, row_bytes: int) -> mx.array:
+    """An array to read a file into: a copy of it would be held at the same time."""
+    array = mx.zeros((num_rows, row_bytes), dtype=mx.uint8)
+    mx.eval(array)
+    return array
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    return memoryview(array).cast("B")  # type: ignore[arg-type]  # It has a buffer, which its annotations leave out.
 
 
 def _read_stretches(
-    stream: FileIO, offset: int, row_bytes: int, spans: Sequence[tuple[int, int]], found: npt.NDArray[np.uint8]
+    stream: FileIO, offset: int, row_bytes: int, spans: Sequence[tuple[int, int]], wanted: memoryview
 ) -> None:
-    for i, row in enumerate(found):
-        at = 0
+    at = 0
+    while at < len(wanted):
         for start, stop in spans:
-            _read_into(stream, offset + i * row_bytes + start, row[at : at + stop - start])
+            _read_into(stream, offset + start, wanted[at : at + stop - start])
             at += stop - start
+        offset += row_bytes
 
 
 def _read_blocks(
-    stream: FileIO, offset: int, row_bytes: int, spans: Sequence[tuple[int, int]], found: npt.NDArray[np.uint8]
+    stream: FileIO, offset: int, row_bytes: int, spans: Sequence[tuple[int, int]], wanted: memoryview
 ) -> None:
     num_rows = max(SCRATCH_BYTES // row_bytes, 1)
-    scratch = found[:0].copy()
-    scratch.resize((min(num_rows, len(found)), row_bytes))
-    for first in range(0, len(found), num_rows):
-        rows = found[first : first + num_rows]
-        block = scratch[: len(rows)]
-        _read_into(stream, offset + first * row_bytes, block.reshape(-1))
-        at = 0
-        for start, stop in spans:
-            rows[:, at : at + stop - start] = block[:, start:stop]
-            at += stop - start
+    num_left = len(wanted) // sum(stop - start for start, stop in spans)
+    at = 0
+    while num_left:
+        block = _new_bytes(min(num_rows, num_left), row_bytes)
+        _read_into(stream, offset, _bytes_of(block))
+        parts = mx.contiguous(mx.concatenate([block[:, start:stop] for start, stop in spans], axis=1))
+        mx.eval(parts)
+        wanted[at : at + parts.nbytes] = _bytes_of(parts)
+        at += parts.nbytes
+        offset += block.nbytes
+        num_left -= len(block)
 
 
-def _read_into(stream: FileIO, offset: int, wanted: npt.NDArray[np.uint8]) -> None:
+def _read_into(stream: FileIO, offset: int, wanted: memoryview) -> None:
     stream.seek(offset)
-    view = memoryview(wanted)  # type: ignore[arg-type]  # numpy 1 has no annotation for it
-    while len(view):
-        count = stream.readinto(view)
+    while len(wanted):
+        count = stream.readinto(wanted)
         if not count:
-            raise OSError(f"ends {len(view):,} bytes too early")
-        view = view[count:]
+            raise OSError(f"ends {len(wanted):,} bytes too early")
+        wanted = wanted[count:]

@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 from metal.drop_in import use_metal
 
-from lfm_mlx.bench import ask_kernel_trials, kernel_trials
+from lfm_mlx.bench import kernel_trials
 from lfm_mlx.bench.__main__ import group
+from lfm_mlx.bench.kernel_trials import ask_kernel_trials
 from lfm_mlx.kernels import ADD_NORM, KERNEL_NAMES, ROUTER, Case
 from lfm_mlx.kernels.verdict import verdict_of
 
