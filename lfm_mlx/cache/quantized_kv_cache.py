@@ -7,7 +7,7 @@ import mlx.core as mx
 from lfm_mlx.cache.attention_cache import AttentionCache
 from lfm_mlx.cache.span import Span
 from lfm_mlx.errors import OptionError
-from lfm_mlx.kernels import attend_in_chunks
+from lfm_mlx.kernels import attend_in_chunks, attend_on_cpu, is_for_cpu
 
 KV_BITS = (4, 8)
 """Bits a key or value may be stored in."""
@@ -62,6 +62,8 @@ class QuantizedKVCache(AttentionCache):
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, span: Span, scale: float) -> mx.array:
         """As `AttentionCache.attend`; in float32, a bounded chunk of columns at a time."""
         self.write(keys, values, span)
+        if is_for_cpu(queries, span):
+            return attend_on_cpu(queries, keys.shape[1], self._columns, span, scale)
         return attend_in_chunks(
             queries,
             keys.shape[1],
@@ -75,6 +77,13 @@ class QuantizedKVCache(AttentionCache):
         """Quantise and store keys and values ``(B, G, L, P)`` at the span's positions."""
         packed = [mx.quantize(new.astype(mx.float32), self.group_size, self.bits) for new in (keys, values)]
         self.write_columns([array for parts in packed for array in parts], span)
+
+    def _columns(self, row: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        return self._unpacked(self.keys, row, start, stop), self._unpacked(self.values, row, start, stop)
+
+    def _unpacked(self, packed: Packed, row: int, start: int, stop: int) -> mx.array:
+        codes, scales, biases = (array[row, :, start:stop] for array in packed)
+        return mx.dequantize(codes, scales, biases, self.group_size, self.bits)
 
     def _multiply(self, x: mx.array, packed: Packed, start: int, stop: int, *, transpose: bool) -> mx.array:
         codes, scales, biases = (array[:, :, start:stop] for array in packed)

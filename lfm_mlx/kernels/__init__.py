@@ -6,6 +6,7 @@ from lfm_mlx.kernels.choice import KERNEL_NAMES, KERNELS_VARIABLE, MAX_TOKENS, C
 from lfm_mlx.kernels.chunked_attention import SCORE_BYTES, attend_in_chunks
 from lfm_mlx.kernels.combine_norm import COMBINE_NORM, combine, combine_norm
 from lfm_mlx.kernels.compiling import COMPILE_VARIABLE, is_compiling
+from lfm_mlx.kernels.cpu_attention import attend_on_cpu, is_for_cpu
 from lfm_mlx.kernels.elementwise import combine_experts, gated_conv, rank_experts, silu_multiply, weigh_experts
 from lfm_mlx.kernels.expert_router import ROUTER, Routing, route, weights_of
 from lfm_mlx.kernels.metal_kernel import MetalKernel
@@ -35,6 +36,7 @@ __all__ = [
     "Verdict",
     "add_norm",
     "attend_in_chunks",
+    "attend_on_cpu",
     "choice",
     "combine",
     "combine_experts",
@@ -45,6 +47,7 @@ __all__ = [
     "has_metal",
     "in_blocks",
     "is_compiling",
+    "is_for_cpu",
     "qk_norm_rope",
     "quantized_matmul",
     "quantized_products",

@@ -50,8 +50,6 @@ def attend_in_chunks(
     weigh: Weigh,
     span: SpanLike,
     scale: float,
-    *,
-    max_columns: int = MAX_CHUNK_COLUMNS,
 ) -> mx.array:
     """Causal attention in float32 over columns that only `score` and `weigh` know.
 
@@ -62,7 +60,6 @@ def attend_in_chunks(
         weigh: multiplies weights with values.
         span: where the L queries stand; each sees the columns up to its own.
         scale: factor on the scores.
-        max_columns: most columns of a chunk, however few scores it has.
 
     Returns:
         ``(B, H, L, P)`` in the queries' dtype.
@@ -75,7 +72,7 @@ def attend_in_chunks(
             (block,) = mx.depends([block], done[-1:])
         positions = span.columns[:, first : first + BLOCK_QUERIES]
         starts = [start + first for start in span.starts]
-        done.append(_attend_block(block, num_kv_heads, score, weigh, positions, starts, scale, max_columns))
+        done.append(_attend_block(block, num_kv_heads, score, weigh, positions, starts, scale))
     return mx.concatenate(done, axis=2) if len(done) > 1 else done[0]
 
 
@@ -87,11 +84,10 @@ def _attend_block(
     positions: mx.array,
     starts: Sequence[int],
     scale: float,
-    max_columns: int,
 ) -> mx.array:
     B, H, L, P = queries.shape
     rows = queries.astype(mx.float32).reshape(B, num_kv_heads, (H // num_kv_heads) * L, P) * scale
-    size = min(chunk_columns(B, H, L), max_columns)
+    size = chunk_columns(B, H, L)
     end = max(starts) + L
     highest = total = summed = None
     for start in range(0, end, size):

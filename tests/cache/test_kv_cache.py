@@ -11,7 +11,7 @@ from random_models import relative_error
 
 from lfm_mlx.cache import KVCache, Span, kv_cache
 from lfm_mlx.cache.attention_cache import GROWTH_TOKENS
-from lfm_mlx.kernels import chunked_attention
+from lfm_mlx.kernels import cpu_attention
 
 HEADS, WIDTH = 2, 4
 
@@ -149,52 +149,32 @@ on_the_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU's f
 
 
 @on_the_cpu
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("starts", [(300, 300), (300, 170)], ids=["even", "uneven"])
 @pytest.mark.parametrize("num_tokens", [1, 40])
-def test_scores_beyond_the_budget_are_computed_in_chunks_and_give_the_same(monkeypatch, starts, num_tokens):
+def test_prompts_and_scores_beyond_the_budget_are_computed_by_numpy_and_give_the_same(
+    monkeypatch, starts, num_tokens, dtype
+):
     calls: list[int] = []
 
-    def attended(budget: int) -> mx.array:
-        cache = KVCache.empty(2, HEADS, WIDTH, mx.float32)
-        write(cache, random_keys(2, 300), (0, 0))
-        keys = random_keys(2, num_tokens, seed=1)
+    def attended() -> mx.array:
+        cache = KVCache.empty(2, HEADS, WIDTH, dtype)
+        write(cache, random_keys(2, 300).astype(dtype), (0, 0))
+        keys = random_keys(2, num_tokens, seed=1).astype(dtype)
         queries = mx.concatenate([random_keys(2, num_tokens, seed=2), random_keys(2, num_tokens, seed=3)], axis=1)
-        for module in (kv_cache, chunked_attention):
-            monkeypatch.setattr(module, "SCORE_BYTES", budget)
         return cache.attend(queries, keys, -keys, Span.make(starts, num_tokens), scale=0.5)
 
-    def counted(*arguments: object, **options: object) -> mx.array:
+    def counted(*arguments: object) -> mx.array:
         calls.append(1)
-        return chunked_attention.attend_in_chunks(*arguments, **options)
+        return cpu_attention.attend_on_cpu(*arguments)
 
-    monkeypatch.setattr(kv_cache, "attend_in_chunks", counted)
-    score_bytes = 2 * 2 * HEADS * num_tokens * (300 + num_tokens) * 4
-    fused = attended(score_bytes)
+    monkeypatch.setattr(kv_cache, "attend_on_cpu", counted)
+    num_scores = 2 * 2 * HEADS * num_tokens * (300 + num_tokens)
+    monkeypatch.setattr(cpu_attention, "MIN_SCORES", num_scores)
+    monkeypatch.setattr(cpu_attention, "SCORE_BYTES", num_scores * 4)
+    by_mlx = attended()
     assert not calls
-    assert relative_error(attended(score_bytes - 1), fused) < 1e-5
-    assert relative_error(attended(1), fused) < 1e-5
-    assert len(calls) == 2
-
-
-@on_the_cpu
-def test_a_long_prompt_chunk_takes_no_more_memory_for_a_longer_context_while_one_chunk_would(monkeypatch):
-    budget = 256 << 10
-
-    def peak_bytes(num_columns: int, score_bytes: int) -> int:
-        for module in (kv_cache, chunked_attention):
-            monkeypatch.setattr(module, "SCORE_BYTES", score_bytes)
-        cache = KVCache.empty(1, 1, 16, mx.bfloat16)
-        cache.reserve(num_columns)
-        mx.eval(cache.arrays)
-        queries, keys = mx.ones((1, 4, 64, 16), dtype=mx.bfloat16), mx.ones((1, 1, 64, 16), dtype=mx.bfloat16)
-        span = Span.make((num_columns - 64,), 64)
-        mx.eval(queries, keys, span.columns)
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(cache.attend(queries, keys, keys, span, scale=0.5), cache.arrays)
-        return mx.get_peak_memory() - before
-
-    assert peak_bytes(8_192, budget) < 16 * budget
-    assert peak_bytes(32_768, budget) < 16 * budget
-    assert peak_bytes(32_768, 1 << 30) > 64 * budget
+    which = "SCORE_BYTES" if num_tokens == 1 else "MIN_SCORES"
+    monkeypatch.setattr(cpu_attention, which, getattr(cpu_attention, which) - 4)
+    assert relative_error(attended(), by_mlx) < 1e-5
+    assert len(calls) == 1

@@ -35,6 +35,17 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_attention, "SCORE_BYTES", 1)
 
 
+@pytest.fixture(autouse=True)
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By MLX, as on a GPU."""
+    monkeypatch.setattr(quantized_kv_cache, "is_for_cpu", lambda *_: False)
+
+
+@pytest.fixture(params=[False, True], ids=["by MLX", "by numpy"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_kv_cache, "is_for_cpu", lambda *_: request.param)
+
+
 def drawn(*shape: int, seed: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
@@ -77,6 +88,7 @@ def exact(starts: tuple[int, ...], num_tokens: int, keys: mx.array, values: mx.a
     )
 
 
+@pytest.mark.usefixtures("either_way")
 @BITS
 @pytest.mark.parametrize("case", CASES)
 def test_attention_is_that_over_the_stored_keys_and_values_unpacked(bits, case):
@@ -95,6 +107,7 @@ def test_reading_packed_and_unpacking_first_give_the_same(monkeypatch, bits, cas
     assert relative_error(found[0], found[1]) < TOLERANCE
 
 
+@pytest.mark.usefixtures("either_way")
 @BITS
 @pytest.mark.parametrize("case", CASES)
 def test_control_keys_and_values_as_they_came_in_give_something_else(bits, case):
@@ -102,6 +115,7 @@ def test_control_keys_and_values_as_they_came_in_give_something_else(bits, case)
     assert relative_error(found, exact(*CASES[case], *drawn_rows(*CASES[case])[1:])) > BROKEN
 
 
+@pytest.mark.usefixtures("either_way")
 @BITS
 @pytest.mark.parametrize("swapped", ["keys", "values"])
 def test_control_one_wrong_column_is_noticed(bits, swapped):

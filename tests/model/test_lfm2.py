@@ -13,8 +13,8 @@ import lfm_mlx
 from lfm_mlx.errors import OptionError
 
 PACKAGE = Path(lfm_mlx.__file__).parent
-OUTSIDE = {PACKAGE / "kernels" / "verdict.py", PACKAGE / "cache" / "block_file.py"}
-"""Tries kernels out before their first use, and has to wait for the results; reads files, between steps."""
+OUTSIDE = {PACKAGE / path for path in ("kernels/verdict.py", "cache/block_file.py", "kernels/cpu_attention.py")}
+"""Tries kernels out before their first use, and has to wait for the results; reads files, between steps; the CPU's."""
 FORWARD = sorted(
     path
     for room in ("model", "cache", "sampling", "kernels")
