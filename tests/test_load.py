@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ class ReadAtOnce:
 
 def peak_of(make: Any) -> tuple[int, Model]:
     """Bytes in memory at the highest moment of a call, beyond those before it."""
+    gc.collect()  # What other tests left behind would otherwise be freed meanwhile.
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
