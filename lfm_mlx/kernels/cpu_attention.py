@@ -85,10 +85,10 @@ def _attend_row(heads: Floats, num_queries: int, columns: Columns, row: int, pos
     buffer = np.empty(G * R * size, dtype=np.float32)
     highest = np.full((G, R, 1), np.finfo(np.float32).min, dtype=np.float32)
     total = np.zeros_like(highest)
-    summed = np.zeros_like(heads)
+    summed: Floats = np.zeros_like(heads)
     for start in range(0, end, size):
         stop = min(start + size, end)
-        keys, values = (np.asarray(part) for part in columns(row, start, stop))
+        keys, values = (np.asarray(part, dtype=np.float32) for part in columns(row, start, stop))
         scores = buffer[: G * R * (stop - start)].reshape(G, R, stop - start)
         np.matmul(heads, keys.swapaxes(-1, -2), out=scores)
         if stop > position + 1:
