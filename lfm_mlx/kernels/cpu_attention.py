@@ -88,7 +88,7 @@ def _attend_row(heads: Floats, num_queries: int, columns: Columns, row: int, pos
     summed: Floats = np.zeros_like(heads)
     for start in range(0, end, size):
         stop = min(start + size, end)
-        keys, values = (np.asarray(part, dtype=np.float32) for part in columns(row, start, stop))
+        keys, values = (np.asarray(part) for part in columns(row, start, stop))
         scores = buffer[: G * R * (stop - start)].reshape(G, R, stop - start)
         np.matmul(heads, keys.swapaxes(-1, -2), out=scores)
         if stop > position + 1:
@@ -102,5 +102,5 @@ def _attend_row(heads: Floats, num_queries: int, columns: Columns, row: int, pos
         total = total * decay + scores.sum(axis=-1, keepdims=True)
         summed = summed * decay + scores @ values
         highest = raised
-    attended: Floats = summed / total
-    return attended
+    summed /= total
+    return summed
