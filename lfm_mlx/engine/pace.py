@@ -7,6 +7,9 @@ all of its tokens), and yet no running row waits for the whole of it.
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 SHARE = 0.55
 """Prompts may take so much of the time that decoding takes. Decoding is slower beside them too, by up to a third: its
 next step cannot be built while the one before is computed. So running rows keep about half of their speed."""
@@ -15,22 +18,28 @@ LONGEST_LAYER = 0.9
 """What the slowest layer of a chunk is to take of the time that prompts have in a step."""
 
 SMOOTHING = 0.2
-"""Weight of the latest time among earlier ones, where it is the shorter one; a longer one counts at once."""
+"""Weight of the latest decode step among earlier ones, where it is the longer one."""
+
+REMEMBERED = 3
+"""Times of a layer whose median counts: a machine that stood still for a moment says nothing about the layer."""
 
 OVERDRAFT = 1.25
 """A layer may take so much of its time before later steps have to make up for it."""
 
 FIRST_CHUNK = 16.0
 
-MEMORY = 0.9
-"""Weight of all earlier chunks against the latest one in the line through the times of their slowest layers."""
+CHUNKS = 5
+"""Chunks, and pairs of them, whose medians tell what a layer's start and a token cost."""
+
+LEAST_TOKEN = 6.0
+"""A token costs at least its even part of a layer's time divided by this, whatever pairs of chunks seem to say."""
 
 
 class Pace:
     """Finds, from the times of layers and decode steps, how long a chunk is and how many layers of it run in a step.
 
-    The time of a layer is taken to be a start and so much a token. Where the start alone takes too long, a chunk is as
-    long as its start, and is paid for: the next layer waits until decoding has had its time.
+    The time of a layer is taken to be a start and so much a token. Where the start alone takes long, a layer may take
+    up to twice as much, or as long as decoding; it is paid for: the next one waits until decoding has had its time.
 
     In each step, call `begin_step`, then `note_layer` after every layer that `allows` lets through, and `end_step`.
 
@@ -44,23 +53,24 @@ class Pace:
     def __init__(self, full_chunk: int) -> None:
         self.full_chunk = full_chunk
         self.decode_s: float | None = None
-        self._size = min(FIRST_CHUNK, full_chunk)
-        self._spent_s = 0.0
+        self._size = max(min(FIRST_CHUNK, full_chunk), 2.0)
+        self._spent_s = self._owed_s = 0.0
         self._debt_s = 0.0
-        self._layers: dict[int, tuple[int, float]] = {}  # Tokens and seconds of each layer as last seen.
+        self._layers: dict[int, deque[tuple[int, float]]] = {}  # Tokens and seconds of each layer as last seen.
         self._longest_s = 0.0
         self._num_chunks = 0
-        self._sums = [0.0] * 5  # Of 1, n, n * n, t and n * t over chunks of n tokens whose slowest layer took t.
+        self._chunks: deque[tuple[int, float]] = deque(maxlen=CHUNKS)  # Tokens, and seconds of the slowest layer.
+        self._slopes: deque[float] = deque(maxlen=CHUNKS)
 
     @property
     def chunk_tokens(self) -> int:
         """Most tokens of a chunk that begins while rows are decoded."""
-        # Every second one is shorter: one size alone would not show what a token costs.
-        return max(int(self._size if self._num_chunks % 2 else 0.75 * self._size), 1)
+        # Every third one is shorter: one size alone would not show what a token costs.
+        return int(self._size if self._num_chunks % 3 else 0.5 * self._size)
 
     def begin_step(self) -> None:
         """A step begins; nothing of a prompt was computed in it."""
-        self._spent_s = 0.0
+        self._spent_s = self._owed_s = 0.0
 
     def allows(self, layer: int, num_tokens: int) -> bool:
         """Whether a chunk of so many tokens may go through this layer before rows are decoded again."""
@@ -68,18 +78,18 @@ class Pace:
             return False
         if self._spent_s == 0.0:
             return True
-        if layer not in self._layers:
-            return False
-        seen_tokens, seconds = self._layers[layer]
-        return self._spent_s + seconds * max(num_tokens / seen_tokens, 1.0) <= SHARE * self.decode_s
+        return layer in self._layers and self._spent_s + self._expected_s(layer, num_tokens) <= SHARE * self.decode_s
+
+    def _expected_s(self, layer: int, num_tokens: int) -> float:
+        return statistics.median(seconds * max(num_tokens / seen, 1.0) for seen, seconds in self._layers[layer])
 
     def note_layer(self, layer: int, num_tokens: int, seconds: float) -> None:
         """A chunk has gone through a layer."""
+        self._layers.setdefault(layer, deque(maxlen=REMEMBERED)).append((num_tokens, seconds))
+        expected_s = self._expected_s(layer, num_tokens)
         self._spent_s += seconds
+        self._owed_s += min(seconds, expected_s)
         self._longest_s = max(self._longest_s, seconds)
-        seen_tokens, seen_s = self._layers.get(layer, (num_tokens, seconds))
-        expected = seen_s * num_tokens / seen_tokens
-        self._layers[layer] = num_tokens, max(seconds, expected + SMOOTHING * (seconds - expected))
 
     def end_chunk(self, num_tokens: int) -> None:
         """A chunk has gone through all layers while rows were decoded: the next one may be longer or shorter."""
@@ -87,10 +97,11 @@ class Pace:
         self._num_chunks += 1
         if self.decode_s is None or longest_s == 0.0:
             return
-        target_s = LONGEST_LAYER * SHARE * self.decode_s
         start_s, token_s = self._line(num_tokens, longest_s)
-        ideal = (target_s - start_s) / token_s if start_s < 0.75 * target_s else start_s / token_s
-        self._size = min(max(ideal, self._size / 2, 1.0), self._size * 1.5, float(self.full_chunk))
+        wanted_s = max(LONGEST_LAYER * SHARE * self.decode_s, min(2 * start_s, self.decode_s), 1.5 * start_s)
+        ideal = (wanted_s - start_s) / token_s
+        most = self._size * 1.5 if longest_s < wanted_s else self._size
+        self._size = max(min(max(ideal, self._size / 2), most, float(self.full_chunk)), 2.0)
 
     def end_step(self, decode_s: float) -> None:
         """A step has ended, and its decoding took so long."""
@@ -101,7 +112,7 @@ class Pace:
         self.decode_s += weight * (decode_s - self.decode_s)
         target_s = SHARE * self.decode_s
         if self._spent_s:
-            self._debt_s = max(self._spent_s - OVERDRAFT * target_s, 0.0)
+            self._debt_s = max(self._owed_s - OVERDRAFT * target_s, 0.0)
         else:
             self._debt_s = max(self._debt_s - target_s, 0.0)
 
@@ -110,12 +121,13 @@ class Pace:
         self._debt_s = self._longest_s = 0.0
 
     def _line(self, num_tokens: int, seconds: float) -> tuple[float, float]:
-        """Seconds of a layer's start and of a token, by least squares; the latest chunks count most."""
-        new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
-        self._sums = [MEMORY * total + value for total, value in zip(self._sums, new, strict=True)]
-        count, n, nn, t, nt = self._sums
-        spread = count * nn - n * n
-        average_s = t / n
-        token_s = (count * nt - n * t) / spread if spread > 1e-6 * nn * count else average_s
-        token_s = min(max(token_s, average_s / 20), average_s)
-        return max((t - token_s * n) / count, 0.0), token_s
+        """Seconds of a layer's start and of a token, from chunks that followed each other."""
+        # Medians of pairs, not a line through all: the machine may have been slower, or stood still, for some of them.
+        if self._chunks and self._chunks[-1][0] != num_tokens:
+            seen_tokens, seen_s = self._chunks[-1]
+            self._slopes.append((seconds - seen_s) / (num_tokens - seen_tokens))
+        self._chunks.append((num_tokens, seconds))
+        average_s = statistics.median(seconds / count for count, seconds in self._chunks)
+        token_s = statistics.median(self._slopes) if self._slopes else average_s
+        token_s = min(max(token_s, average_s / LEAST_TOKEN), average_s)
+        return statistics.median(seconds - token_s * count for count, seconds in self._chunks), token_s

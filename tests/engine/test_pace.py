@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lfm_mlx.engine import pace as pace_module
 from lfm_mlx.engine.pace import Pace
 
 NUM_LAYERS = 24
@@ -61,6 +62,32 @@ def test_when_even_one_layer_takes_long_it_is_paid_for() -> None:
     assert sum(step.prompts_s for step in later) <= 1.3 * 0.01 * len(later)
     # About as long as its start: half of the work is not lost.
     assert 35 <= max(step.tokens for step in later) <= 400
+
+
+def hiccup_tokens() -> float:
+    """Tokens taken in where one layer in 61 takes 30 times as long, as part of those where none does."""
+
+    def taken(every: int | None) -> int:
+        count = 0
+
+        def layer_s(layer: int, num_tokens: int) -> float:
+            nonlocal count
+            count += 1
+            return (30 if every and count % every < 2 else 1) * (5e-4 + 1e-4 * num_tokens)  # `run` asks twice.
+
+        return sum(step.tokens for step in run(Pace(512), 0.01, layer_s, 6000)[1000:])
+
+    return taken(2 * 61) / taken(None)
+
+
+def test_a_machine_that_stands_still_at_times_takes_nearly_as_much_of_a_prompt() -> None:
+    assert hiccup_tokens() > 0.8
+
+
+def test_control_believing_the_latest_time_takes_in_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace_module, "REMEMBERED", 1)
+    monkeypatch.setattr(pace_module, "CHUNKS", 1)
+    assert hiccup_tokens() < 0.7
 
 
 def test_the_chunk_follows_a_context_that_makes_a_layer_slower() -> None:
