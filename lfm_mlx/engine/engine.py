@@ -100,7 +100,8 @@ class Engine:
         """Queue a request; the row that is returned shows how far it has come.
 
         Raises:
-            OptionError: the sampling options do not fit the model, or a transcript is to share a batch.
+            OptionError: prompt or sampling do not fit the model, or a transcript is to share a batch.
+            ContextLengthError: the prompt leaves no room.
             MemoryPlanError: the row would hold more than `memory_bytes`.
         """
         if request.transcript is not None and self.max_rows > 1:
@@ -108,7 +109,7 @@ class Engine:
                 f"transcript was given and max_rows is {self.max_rows}, expected 1: rows of a batch share one state; "
                 "use an engine of its own for this request"
             )
-        self._scheduler.check_fits(len(request.prompt) + request.max_tokens)
+        self._scheduler.check_fits(len(self.model.checked_prompt(request.prompt)) + request.max_tokens)
         row = Row(request, self.model.config.vocab_size, on_progress)
         self.add(row)
         return row

@@ -14,7 +14,7 @@ from lfm_mlx import memory
 from lfm_mlx.cache import PrefixCache, Transcript
 from lfm_mlx.engine import Engine, PackedMask, Request, Row, scheduler
 from lfm_mlx.engine.masks import batch_mask
-from lfm_mlx.errors import MemoryPlanError
+from lfm_mlx.errors import MemoryPlanError, OptionError
 from lfm_mlx.model import Model
 from lfm_mlx.types import FinishReason, SamplingParams
 
@@ -344,6 +344,16 @@ def test_rows_go_on_from_what_earlier_rows_computed(model: Model) -> None:
     assert other.generated == alone(model, other.request)
     assert next_turn.cached_tokens == 75 + 40
     assert next_turn.generated == alone(model, turn)
+
+
+@pytest.mark.parametrize("prompt", [[], [5, VOCAB_SIZE], [-1]], ids=str)
+def test_a_prompt_that_the_model_cannot_take_is_refused_before_anything_is_computed(
+    model: Model, prompt: list[int]
+) -> None:
+    engine = Engine(model)
+    with pytest.raises(OptionError, match="prompt"):
+        engine.submit(Request(prompt=prompt, sampling=SamplingParams(), max_tokens=1))
+    assert engine.is_idle
 
 
 def test_a_batch_mask_is_one_where_a_row_has_none() -> None:
