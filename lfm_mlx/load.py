@@ -164,7 +164,7 @@ def _load_folder(
         dtype=chosen,
     )
     plan.check(available_bytes(), are_weights_loaded=False)
-    set_memory_limits(plan)
+    set_memory_limits(plan, part.size if part is not None else 1)
     tokenizer = load_tokenizer(
         folder, config_eos_ids=checkpoint.config.eos_token_ids, model_vocab_size=checkpoint.config.vocab_size
     )

@@ -231,11 +231,16 @@ def prefill_chunk_tokens(config: ModelConfig, dtype: mx.Dtype, budget_bytes: int
     return max(MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, 1 << max(fitting.bit_length() - 1, 0)))
 
 
-def set_memory_limits(plan: MemoryPlan) -> None:
-    """Keep few freed buffers, and on a Mac keep the weights from being paged out while others use memory."""
+def set_memory_limits(plan: MemoryPlan, num_ranks: int = 1) -> None:
+    """Keep few freed buffers, and on a Mac keep the weights from being paged out while others use memory.
+
+    Args:
+        plan: what this process is to hold.
+        num_ranks: processes that share a model: on the CPU they share a machine, and what they keep, too.
+    """
     working_set = _gpu_working_set()
     if working_set is None:
-        mx.set_cache_limit(CPU_CACHE_BYTES)
+        mx.set_cache_limit(CPU_CACHE_BYTES // num_ranks)
         return_large_blocks()
         return
     mx.set_cache_limit(GPU_CACHE_BYTES)
@@ -243,7 +248,7 @@ def set_memory_limits(plan: MemoryPlan) -> None:
         mx.set_wired_limit(min(plan.total_bytes, working_set))
 
 
-LARGE_BLOCK_BYTES = 4 << 20
+LARGE_BLOCK_BYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3
 """As <malloc.h> has it."""
 

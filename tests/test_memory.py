@@ -299,11 +299,15 @@ def test_the_host_has_some_memory():
     assert 1 << 20 < memory._available_host_bytes() < 1 << 50
 
 
-@pytest.mark.parametrize(("working_set", "limit"), [(None, 16 << 20), (64 * GB, 512 << 20)], ids=str)
-def test_few_freed_buffers_are_kept_and_fewer_on_the_cpu(monkeypatch, working_set, limit):
+@pytest.mark.parametrize(
+    ("working_set", "num_ranks", "limit"),
+    [(None, 1, 16 << 20), (None, 4, 4 << 20), (64 * GB, 1, 512 << 20), (64 * GB, 4, 512 << 20)],
+    ids=str,
+)
+def test_few_freed_buffers_are_kept_and_fewer_on_the_cpu(monkeypatch, working_set, num_ranks, limit):
     limits: list[int] = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
     monkeypatch.setattr(mx, "set_wired_limit", lambda _: None)
     monkeypatch.setattr(memory, "_gpu_working_set", lambda: working_set)
-    set_memory_limits(a_plan())
+    set_memory_limits(a_plan(), num_ranks)
     assert limits == [limit]
