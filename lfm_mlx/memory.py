@@ -248,7 +248,7 @@ def set_memory_limits(plan: MemoryPlan, num_ranks: int = 1) -> None:
         mx.set_wired_limit(min(plan.total_bytes, working_set))
 
 
-LARGE_BLOCK_BYTES = 1 << 20
+LARGE_BLOCK_BYTES = 256 << 10
 _M_MMAP_THRESHOLD = -3
 """As <malloc.h> has it."""
 

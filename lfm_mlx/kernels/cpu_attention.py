@@ -41,10 +41,11 @@ def is_for_cpu(queries: mx.array, span: SpanLike) -> bool:
         queries: ``(B, H, L, P)``.
         span: where they stand.
     """
-    B, H, L, _ = queries.shape
-    num_scores = B * H * L * (max(span.starts) + L)
-    fewest = MIN_SCORES if L > 1 else SCORE_BYTES // 4
-    return num_scores > fewest and mx.default_device().type == mx.cpu
+    B, H, L, P = queries.shape
+    end = max(span.starts) + L
+    # Where the context is shorter than the model is wide, attention is a small part of a layer.
+    fewest = MIN_SCORES if L > 1 and end > H * P else SCORE_BYTES // 4
+    return B * H * L * end > fewest and mx.default_device().type == mx.cpu
 
 
 def attend_on_cpu(queries: mx.array, num_kv_heads: int, columns: Columns, span: SpanLike, scale: float) -> mx.array:

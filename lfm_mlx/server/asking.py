@@ -14,6 +14,9 @@ from lfm_mlx.server.http_errors import ApiError
 from lfm_mlx.tokenizer import Tokenizer
 from lfm_mlx.types import Message, SamplingParams, Tool
 
+NEVER = -10_000.0
+"""Added to a logit, leaves its token without a chance."""
+
 _NO_VARIABLES = ("tools", "add_generation_prompt", "messages", "tokenizer", "self")
 """What else rendering takes, by the names of its parameters."""
 
@@ -32,6 +35,8 @@ class Ask:
         sampling: fields of `SamplingParams` that differ from the model card's.
         max_tokens: most tokens of an answer, reasoning included.
         stop: strings that end an answer.
+        guards_loops: whether an answer that goes round in circles is ended.
+        ignores_eos: whether the tokens with which the model ends an answer are never drawn.
         thinking_budget: most tokens of reasoning; None sets no limit.
         variables: further variables of the chat template.
         top_logprobs: how many of the likeliest tokens to report beside each token's own; None reports nothing.
@@ -47,6 +52,8 @@ class Ask:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     stop: Sequence[str] = ()
+    guards_loops: bool = True
+    ignores_eos: bool = False
     thinking_budget: int | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     top_logprobs: int | None = None
@@ -80,11 +87,15 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
     # A model without markers for reasoning keeps within any budget.
     can_reason = reasoning_tokens(tokenizer) is not None
     sampling = replace(model.sampling, **ask.sampling)
+    if ask.ignores_eos:
+        never = {token_id: NEVER for token_id in tokenizer.stop_ids if token_id < model.config.vocab_size}
+        sampling = replace(sampling, logit_bias={**(sampling.logit_bias or {}), **never})
     options = [
         AnswerOptions(
             sampling=own,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
+            guards_loops=ask.guards_loops,
             constraint=_constraint(ask, tools),
             thinking_budget=ask.thinking_budget if can_reason else None,
             top_logprobs=ask.top_logprobs,

@@ -29,6 +29,7 @@ from lfm_mlx.server.field_types import (
 )
 from lfm_mlx.server.generation_fields import (
     EFFORTS,
+    ENDING,
     GUIDED,
     MAX_ANSWERS,
     MAX_TOP_LOGPROBS,
@@ -41,6 +42,7 @@ from lfm_mlx.server.generation_fields import (
     STREAM,
     TOOL,
     check_stream,
+    read_ending,
     read_format,
     read_max_tokens,
     read_sampling,
@@ -102,6 +104,7 @@ CHAT = Fields(
         "model": Text(),
         "messages": ListOf(MESSAGE, min_len=1),
         **SAMPLING,
+        **ENDING,
         **STREAM,
         **GUIDED,
         **MEANINGLESS,
@@ -174,6 +177,7 @@ def read_ask(fields: Mapping[str, Any]) -> Ask:
         sampling=read_sampling(fields),
         max_tokens=read_max_tokens(fields, "max_tokens", "max_completion_tokens"),
         stop=read_stop(fields),
+        **read_ending(fields),
         thinking_budget=read_budget(fields),
         variables=fields.get("chat_template_kwargs", {}),
         top_logprobs=fields.get("top_logprobs", 0) if fields.get("logprobs") else None,

@@ -17,6 +17,7 @@ from lfm_mlx.server.chat_completions import finish_fields
 from lfm_mlx.server.endpoint import read_fields, service_of, stream_errors
 from lfm_mlx.server.field_types import Either, Fields, Flag, ListOf, OneOf, Refused, Text, whole
 from lfm_mlx.server.generation_fields import (
+    ENDING,
     GUIDED,
     MAX_ANSWERS,
     MEANINGLESS,
@@ -25,6 +26,7 @@ from lfm_mlx.server.generation_fields import (
     STOP,
     STREAM,
     check_stream,
+    read_ending,
     read_format,
     read_sampling,
     read_stop,
@@ -48,6 +50,7 @@ COMPLETIONS = Fields(
         "model": Text(),
         "prompt": _PROMPT,
         **SAMPLING,
+        **ENDING,
         **STREAM,
         **GUIDED,
         **MEANINGLESS,
@@ -91,6 +94,7 @@ def _questions(fields: Mapping[str, Any]) -> list[Ask]:
             sampling=read_sampling(fields),
             max_tokens=fields.get("max_tokens"),
             stop=read_stop(fields),
+            **read_ending(fields),
             top_logprobs=fields.get("logprobs"),
             num_answers=fields.get("n", 1),
         )

@@ -58,6 +58,9 @@ MEANINGLESS: Mapping[str, FieldType] = {
 }
 """Taken and not used: one tier, a cache that needs no key, nobody to report to."""
 
+ENDING: Mapping[str, FieldType] = {"loop_guard": Flag(), "ignore_eos": Flag()}
+"""Whether an answer that goes round in circles is ended, and, as vLLM calls it, whether the model may not end it."""
+
 GUIDED: Mapping[str, FieldType] = {
     "guided_json": AnyObject(),
     "guided_regex": Text(min_len=1),
@@ -138,6 +141,11 @@ def read_stop(fields: Mapping[str, Any], name: str = "stop") -> tuple[str, ...]:
     """Stop strings, one or several."""
     stop = fields.get(name, ())
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def read_ending(fields: Mapping[str, Any]) -> dict[str, bool]:
+    """The fields of `lfm_mlx.server.asking.Ask` that `ENDING` gives."""
+    return {"guards_loops": fields.get("loop_guard", True), "ignores_eos": fields.get("ignore_eos", False)}
 
 
 def read_max_tokens(fields: Mapping[str, Any], *names: str) -> int | None:

@@ -22,11 +22,13 @@ from lfm_mlx.server.field_types import (
 )
 from lfm_mlx.server.generation_fields import (
     EFFORTS,
+    ENDING,
     JSON_SCHEMA_FIELDS,
     MEANINGLESS,
     SAMPLING,
     STOP,
     make_constraint,
+    read_ending,
     read_sampling,
     read_stop,
 )
@@ -113,6 +115,7 @@ RESPONSES = Fields(
         "instructions": Text(),
         "previous_response_id": Text(min_len=1),
         **SAMPLING,
+        **ENDING,
         **MEANINGLESS,
         "max_output_tokens": whole(1),
         "stop": STOP,
@@ -160,6 +163,7 @@ def read_question(fields: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
         sampling=read_sampling(fields),
         max_tokens=fields.get("max_output_tokens"),
         stop=read_stop(fields),
+        **read_ending(fields),
         thinking_budget=fields.get("thinking_budget", EFFORTS[effort]),
         variables=fields.get("chat_template_kwargs", {}),
     )

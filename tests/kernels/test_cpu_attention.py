@@ -180,7 +180,7 @@ def test_control_wider_chunks_take_more(monkeypatch):
     assert peak_bytes(16_384) > 4 * NUM_HEADS * 64 * 512 * 4
 
 
-def test_it_is_for_prompts_and_for_scores_beyond_the_budget():
+def test_it_is_for_prompts_on_long_contexts_and_for_scores_beyond_the_budget():
     def is_for(num_rows: int, num_tokens: int, start: int) -> bool:
         span = Span.make((start,) * num_rows, num_tokens)
         return is_for_cpu(mx.zeros((num_rows, NUM_HEADS, num_tokens, WIDTH)), span)
@@ -189,5 +189,7 @@ def test_it_is_for_prompts_and_for_scores_beyond_the_budget():
     assert is_for(1, 64, MIN_SCORES) == is_on_cpu
     assert is_for(1, 2, MIN_SCORES) == is_on_cpu
     assert not is_for(1, 2, 10)
+    assert not is_for(9, 64, NUM_HEADS * WIDTH - 64)
+    assert is_for(9, 64, NUM_HEADS * WIDTH - 63) == is_on_cpu
     assert not is_for(1, 1, MAX_COLUMNS * 8)
     assert is_for(4, 1, SCORE_BYTES // 4 // NUM_HEADS) == is_on_cpu

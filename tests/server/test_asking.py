@@ -57,6 +57,19 @@ def test_what_is_not_asked_for_is_the_model_cards(served: Running) -> None:
     )
 
 
+@pytest.mark.parametrize("interface", ["chat", "responses"])
+def test_loops_are_ended_unless_a_request_lets_them_be(served: Running, interface: str) -> None:
+    def is_guarding(**given: Any) -> bool:
+        fields, read, good = INTERFACES[interface]
+        ask = read(fields.read({**good, **given}, ""))
+        (options,) = prepare(served.service.model, served.service.tokenizer, ask).options
+        return options.guards_loops
+
+    assert is_guarding()
+    assert is_guarding(loop_guard=True)
+    assert not is_guarding(loop_guard=False)
+
+
 @pytest.mark.parametrize("name", ["tools", "add_generation_prompt", "messages", "tokenizer", "self"])
 def test_variables_of_the_template_that_are_none_are_named(served: Running, name: str) -> None:
     body = {"messages": USER, "chat_template_kwargs": {name: 1}}

@@ -37,6 +37,19 @@ def test_markers_are_text(served: Running) -> None:
     assert text == "<think>" * 3
 
 
+def test_an_answer_goes_on_where_the_model_may_not_end_it(served: Running) -> None:
+    ends = {str(token_id): 100 for token_id in served.service.tokenizer.stop_ids}
+    assert complete(served, logit_bias=ends)["choices"][0]["finish_reason"] == "stop"
+    assert complete(served, logit_bias=ends, ignore_eos=True)["usage"]["completion_tokens"] == 6
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "logit_bias": ends, "max_tokens": 6}
+    chat = served.http.post("/v1/chat/completions", json={**body, "ignore_eos": True}).json()
+    assert chat["usage"]["completion_tokens"] == 6
+    answer = served.http.post(
+        "/v1/responses", json={"input": "Hello", "logit_bias": ends, "max_output_tokens": 6, "ignore_eos": True}
+    ).json()
+    assert answer["usage"]["output_tokens"] == 6
+
+
 def test_several_prompts_have_several_answers_each(served: Running) -> None:
     body = complete(served, prompt=[TEXT, "Hello"], n=2)
     texts = [choice["text"] for choice in body["choices"]]
