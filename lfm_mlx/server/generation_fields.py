@@ -143,7 +143,7 @@ def read_stop(fields: Mapping[str, Any], name: str = "stop") -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def read_ending(fields: Mapping[str, Any]) -> dict[str, bool]:
+def read_ending(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `lfm_mlx.server.asking.Ask` that `ENDING` gives."""
     return {"guards_loops": fields.get("loop_guard", True), "ignores_eos": fields.get("ignore_eos", False)}
 
