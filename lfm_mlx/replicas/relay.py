@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from starlette.types import Receive, Scope, Send
@@ -10,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from lfm_mlx.replicas.exchange import Exchange, WholeEvents, response_id
 from lfm_mlx.replicas.replica import ReplicaLostError
 from lfm_mlx.server.http_errors import ApiError, dialect_of
-from lfm_mlx.server.sse import event, until_gone
+from lfm_mlx.server.sse import event, write_while_connected
 
 
 class Relay:
@@ -37,17 +36,10 @@ class Relay:
         self._on_loss = on_loss
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        listening = asyncio.ensure_future(until_gone(receive))
-        writing = asyncio.ensure_future(self._write(scope, send))
         try:
-            await asyncio.wait({listening, writing}, return_when=asyncio.FIRST_COMPLETED)
+            await write_while_connected(self._write(scope, send), receive)
         finally:
-            listening.cancel()
-            writing.cancel()
-            await asyncio.wait({listening, writing})
             await self._exchange.close()
-        if not writing.cancelled() and (error := writing.exception()) is not None:
-            raise error
 
     async def _write(self, scope: Scope, send: Send) -> None:
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._exchange.headers.items()]

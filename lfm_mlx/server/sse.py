@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -55,18 +55,10 @@ class EventStream:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        listening = asyncio.ensure_future(until_gone(receive))
-        writing = asyncio.ensure_future(self._write(send))
         try:
-            await asyncio.wait({listening, writing}, return_when=asyncio.FIRST_COMPLETED)
+            await write_while_connected(self._write(send), receive, self._on_end)
         finally:
-            self._on_end()
-            listening.cancel()
-            writing.cancel()
-            await asyncio.wait({listening, writing})
             await self._events.aclose()
-        if not writing.cancelled() and (error := writing.exception()) is not None:
-            raise error
 
     async def _write(self, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
@@ -104,6 +96,30 @@ async def until_gone(receive: Receive) -> None:
     """Wait until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def write_while_connected(
+    answer: Coroutine[Any, Any, None], receive: Receive, on_end: Callable[[], None] | None = None
+) -> None:
+    """Write an answer, which is cancelled when the client goes away.
+
+    Args:
+        answer: writes it.
+        receive: the connection's.
+        on_end: called when one of both has happened, or this was cancelled.
+    """
+    listening = asyncio.ensure_future(until_gone(receive))
+    writing = asyncio.ensure_future(answer)
+    try:
+        await asyncio.wait({listening, writing}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if on_end is not None:
+            on_end()
+        listening.cancel()
+        writing.cancel()
+        await asyncio.wait({listening, writing})
+    if not writing.cancelled() and (error := writing.exception()) is not None:
+        raise error
 
 
 class ClientGoneError(Exception):
