@@ -9,6 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_operands import NUM_HEADS, SCALE, WIDTH, fused, operands
 from random_models import relative_error
 
 from lfm_mlx.cache import Span
@@ -17,8 +18,6 @@ from lfm_mlx.kernels.cpu_attention import MAX_COLUMNS, MIN_SCORES, SCORE_BYTES, 
 
 TOLERANCE = 1e-5
 BROKEN = 100 * TOLERANCE
-NUM_HEADS, NUM_KV_HEADS, WIDTH = 6, 2, 16
-SCALE = 0.25
 
 CASES = {
     "prompt": ((0,), 300),
@@ -44,18 +43,6 @@ def span(request: pytest.FixtureRequest) -> Span:
     return Span.make(*CASES[request.param])
 
 
-def drawn(*shape: int, seed: int) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
-
-
-def operands(span: Span, *, loudness: float = 3.0) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries (B, H, L, P), keys and values (B, G, S, P) whose scores spread widely, so that each softmax is sharp."""
-    batch_size = len(span.starts)
-    queries = drawn(batch_size, NUM_HEADS, span.num_tokens, WIDTH, seed=0) * loudness
-    keys, values = (drawn(batch_size, NUM_KV_HEADS, span.end, WIDTH, seed=seed) for seed in (1, 2))
-    return queries, keys, values
-
-
 def by_numpy(
     queries: mx.array, keys: mx.array, values: mx.array, span: Span, attend: Attend = attend_on_cpu
 ) -> mx.array:
@@ -63,10 +50,6 @@ def by_numpy(
         return keys[row, :, start:stop].astype(mx.float32), values[row, :, start:stop].astype(mx.float32)
 
     return attend(queries, keys.shape[1], columns, span, SCALE)
-
-
-def fused(queries: mx.array, keys: mx.array, values: mx.array, span: Span) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=SCALE, mask=span.mask)
 
 
 @pytest.mark.usefixtures("small_chunks")
