@@ -26,6 +26,10 @@ front of it."""
 READING_PART = 2
 """Blocks that are read ahead of rows take at most this part of what is allowed: more would push each other out."""
 
+MAX_TAILS = 1024
+"""Tails held at most: last blocks of rows that are not full. One saves less than a block's tokens, but each takes
+Python's and MLX's objects beside its arrays, a few kB, so without a limit thousands of short prompts would add up."""
+
 QUEUED_PART = 8
 """Blocks that left memory and wait for the disk take at most this part of what is allowed; others are dropped."""
 
@@ -88,6 +92,7 @@ class PrefixCache:
         self._layout = BlockLayout.of(State.empty(config, dtype=dtype, kv_bits=kv_bits))
         self._tree: PrefixTree[Kept] = PrefixTree(block_tokens, Kept(block=None))
         self._by_age: OrderedDict[BlockNode, int] = OrderedDict()  # Bytes of each; parents behind their children.
+        self._tails: OrderedDict[BlockNode, None] = OrderedDict()  # By age; some are tails no longer.
         self._block_bytes = 0
         self._reading_bytes = 0
         self._spill = Spill(self._tree, disk, self._layout, max_bytes // QUEUED_PART) if disk is not None else None
@@ -207,15 +212,13 @@ class PrefixCache:
         mx.async_eval([array for node in path if node in self._by_age for array in _block(node).arrays])
 
     def shrink(self, max_bytes: int) -> None:
-        """Have the blocks that were not used for longest leave memory until at most `max_bytes` are held."""
+        """Have what was not used for longest leave memory until at most `max_bytes` and `MAX_TAILS` are held."""
         while self.num_bytes > max_bytes and self._by_age:
-            node = next(iter(self._by_age))
-            self.num_evictions += 1
-            if self._spill is not None and self._spill.keeps(node):
-                self._block_bytes -= self._by_age.pop(node)
-                node.value.block = None
-            else:
-                self._remove(node)
+            self._evict(next(iter(self._by_age)))
+        while len(self._tails) > MAX_TAILS:
+            node, _ = self._tails.popitem(last=False)
+            if self._is_tail(node):
+                self._evict(node)
 
     def clear(self) -> None:
         """Drop everything, on disk too."""
@@ -318,9 +321,22 @@ class PrefixCache:
             self._remove(lost)
         return lost is None
 
+    def _evict(self, node: BlockNode) -> None:
+        """Have a block in memory leave it, though not the disk."""
+        self.num_evictions += 1
+        parent = node.parent
+        if self._spill is not None and self._spill.keeps(node):
+            self._uncount(node)
+            node.value.block = None
+        else:
+            self._remove(node)
+        if parent is not None and parent in self._by_age and parent not in self._tails and self._is_tail(parent):
+            self._tails[parent] = None
+            self._tails.move_to_end(parent, last=False)
+
     def _remove(self, node: BlockNode) -> None:
         for gone in self._tree.remove(node):
-            self._block_bytes -= self._by_age.pop(gone, 0)
+            self._uncount(gone)
             if self._spill is not None:
                 self._spill.forget(gone)
 
@@ -333,11 +349,23 @@ class PrefixCache:
         for node in reversed(path):
             self._count(node)
             self._by_age.move_to_end(node)
+        if path and self._is_tail(path[-1]):
+            self._tails[path[-1]] = None
+            self._tails.move_to_end(path[-1])
 
     def _count(self, node: BlockNode) -> None:
         num_bytes = _block(node).num_bytes
         self._block_bytes += num_bytes - self._by_age.get(node, 0)
         self._by_age[node] = num_bytes
+
+    def _is_tail(self, node: BlockNode) -> bool:
+        """Whether a block in memory is not full, and none of those behind it is there."""
+        is_full = len(node.tokens) == self.block_tokens
+        return not is_full and not any(child in self._by_age for child in node.children.values())
+
+    def _uncount(self, node: BlockNode) -> None:
+        self._block_bytes -= self._by_age.pop(node, 0)
+        self._tails.pop(node, None)
 
     def _check(self, state: State) -> None:
         if BlockLayout.of(state) != self._layout:

@@ -270,6 +270,25 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert cache.num_evictions > 0
 
 
+@pytest.mark.parametrize(("max_tails", "num_ends", "found"), [(1024, 101, [59, 4, 4]), (20, 21, [48, 1, 4])])
+def test_short_prompts_leave_a_limited_number_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, max_tails: int, num_ends: int, found: list[int]
+) -> None:
+    monkeypatch.setattr("lfm_mlx.cache.prefix.MAX_TAILS", max_tails)
+    cache = new_cache()
+    long = drawn(60, 99)
+    short = [[1, *divmod(number, 10), 7, 7] for number in range(100)]
+    for ids in (long, *short):
+        run(cache, ids)
+    # Of the long prompt, which was not used for longest, only the last block may be gone.
+    assert [cache.find(ids) for ids in (long, short[0], short[-1])] == found
+    ends = [node for node in cache._tree if not node.children]
+    assert len(ends) == num_ends
+    assert cache.num_blocks < 1.5 * num_ends
+    cache.clear()
+    assert not cache._tails
+
+
 def test_a_prompt_larger_than_the_cache_leaves_its_beginning() -> None:
     whole = new_cache()
     run(whole, drawn(200))
@@ -341,6 +360,11 @@ class AgainstPlaces(RuleBasedStateMachine):
     def bytes_are_the_sum(self) -> None:
         assert self.cache.num_bytes == sum(node.value.block.num_bytes for node in self.cache._tree)
         assert self.cache.num_blocks == len(list(self.cache._tree))
+
+    @invariant()
+    def tails_are_known(self) -> None:
+        ends = [node for node in self.cache._tree if len(node.tokens) < BLOCK and not node.children]
+        assert set(ends) <= set(self.cache._tails) <= set(self.cache._by_age)
 
     @invariant()
     def parents_are_younger_than_their_children(self) -> None:
