@@ -105,7 +105,7 @@ def measure_case(
             _, taken = timed(partial(Matcher, constraint, vocabulary))
             times[phase].append(taken)
     for seed in range(answers):
-        times["mask"] += islice(_mask_times(Matcher(constraint, vocabulary), vocabulary, seed), answer_len)
+        times["mask"] += islice(_mask_times(Matcher(constraint, vocabulary), seed), answer_len)
     return times
 
 
@@ -116,13 +116,12 @@ def timed(function: Callable[[], _Made]) -> tuple[_Made, Taken]:
     return result, Taken(thread_s=time.thread_time() - thread, clock_s=time.perf_counter() - clock)
 
 
-def _mask_times(matcher: Matcher, vocabulary: GrammarTokenizer, seed: int) -> Iterator[Taken]:
+def _mask_times(matcher: Matcher, seed: int) -> Iterator[Taken]:
     rng = np.random.default_rng(seed)
-    row = np.zeros(vocabulary.num_words, dtype=np.uint32)
     while not matcher.is_stopped:
-        _, taken = timed(partial(matcher.fill, row))
+        mask, taken = timed(matcher.mask)
         yield taken
-        matcher.accept(int(rng.choice(allowed_ids(row))))
+        matcher.accept(int(rng.choice(allowed_ids(mask))))
 
 
 def allowed_ids(mask: Mask) -> NDArray[np.int64]:

@@ -1,6 +1,5 @@
 """JSON schema, regex, choices, grammars and tool calls to masks over the vocabulary, on llguidance."""
 
-from lfm_mlx.constrain.batch_mask import BatchMasks, PendingMask
 from lfm_mlx.constrain.calls_or_form import CallsOrForm
 from lfm_mlx.constrain.constraint import (
     Choice,
@@ -16,7 +15,6 @@ from lfm_mlx.constrain.grammar_tokenizer import GrammarTokenizer, Mask, grammar_
 from lfm_mlx.constrain.matcher import Matcher
 
 __all__ = [
-    "BatchMasks",
     "CallsOrForm",
     "Choice",
     "Constraint",
@@ -26,7 +24,6 @@ __all__ = [
     "Lark",
     "Mask",
     "Matcher",
-    "PendingMask",
     "Reasoning",
     "Regex",
     "ToolCalls",

@@ -111,29 +111,25 @@ class Matcher:
         """The tokens that may come next, packed. Not to be written to, and valid until the next call.
 
         Where the grammar leaves one text, only the pieces are allowed that the tokenizer itself would cut it into.
-        """
-        part = self._parts[-1]
-        if part.free is not None and self.is_free and not self._extra_ids():
-            return part.free.mask(self._latest(part))
-        self.fill(self._row)
-        return self._row
-
-    def fill(self, row: Mask) -> None:
-        """Write the mask into `row`, (num_words,) uint32 and contiguous; releases the GIL while a grammar computes.
 
         Raises:
             LfmError: the grammar became too complex to follow.
         """
-        part = self._parts[-1]
+        part, row = self._parts[-1], self._row
+        extra_ids = self._extra_ids()
         if self._is_stopped:
             row[:] = self._tokenizer.pack(self._tokenizer.stop_ids)
         elif part.free is not None:
-            row[:] = part.free.mask(self._latest(part))
+            free = part.free.mask(self._latest(part))
+            if not extra_ids:
+                return free
+            row[:] = free
         elif part.grammar is not None:
             part.grammar.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
             _check_alive(part.grammar)
-        for token_id in self._extra_ids():
+        for token_id in extra_ids:
             row[token_id // 32] |= np.uint32(1 << token_id % 32)
+        return row
 
     def allows(self, token_id: int) -> bool:
         """Whether the mask has the token."""

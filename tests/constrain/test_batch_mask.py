@@ -6,8 +6,8 @@ import pytest
 from tool_cases import WEATHER
 
 from lfm_mlx.bench.mask_time import allowed_ids
-from lfm_mlx.constrain import BatchMasks, Choice, GrammarTokenizer, JsonObject, Matcher, Regex, ToolCalls
-from lfm_mlx.errors import OptionError
+from lfm_mlx.constrain import Choice, GrammarTokenizer, JsonObject, Matcher, Regex, ToolCalls
+from lfm_mlx.engine.masks import batch_mask
 from lfm_mlx.sampling import Sampler, unpack
 from lfm_mlx.types import SamplingParams
 
@@ -25,8 +25,7 @@ def test_unpacked_bits_are_the_packed_ones(vocab_size: int) -> None:
 def test_each_row_has_its_own_mask_and_a_free_row_none(vocabulary: GrammarTokenizer) -> None:
     constraints = [JsonObject(), None, Choice(["a", "b"]), ToolCalls([WEATHER]), Regex("x+")] * 5
     rows = [None if one is None else Matcher(one, vocabulary) for one in constraints]
-    with BatchMasks(vocabulary.vocab_size) as masks:
-        result = masks.start(rows).result()
+    result = batch_mask([matcher and matcher.mask() for matcher in rows], vocabulary.vocab_size)
     assert result is not None
     assert result.dtype == mx.bool_
     for row, matcher in zip(np.array(result), rows, strict=True):
@@ -34,11 +33,6 @@ def test_each_row_has_its_own_mask_and_a_free_row_none(vocabulary: GrammarTokeni
             assert row.all()
         else:
             assert np.array_equal(np.flatnonzero(row), allowed_ids(matcher.mask()))
-
-
-def test_a_batch_without_constraints_has_no_mask(vocabulary: GrammarTokenizer) -> None:
-    with BatchMasks(vocabulary.vocab_size) as masks:
-        assert masks.start([None, None]).result() is None
 
 
 def test_a_batch_generates_like_its_rows_alone(vocabulary: GrammarTokenizer) -> None:
@@ -57,22 +51,13 @@ def test_a_batch_generates_like_its_rows_alone(vocabulary: GrammarTokenizer) -> 
         sampler = Sampler([params[row] for row in rows], V)
         state = sampler.start([[0]] * len(rows))
         tokens: list[list[int]] = [[] for _ in rows]
-        with BatchMasks(V) as masks:
-            for step in range(12):
-                allowed = masks.start(matchers).result()
-                ids, state = sampler.sample(noise[step][mx.array(rows)], state, allowed)
-                for index, token_id in enumerate(np.array(ids).tolist()):
-                    tokens[index].append(token_id)
-                    if not matchers[index].is_stopped:
-                        matchers[index].accept(token_id)
+        for step in range(12):
+            allowed = batch_mask([matcher.mask() for matcher in matchers], V)
+            ids, state = sampler.sample(noise[step][mx.array(rows)], state, allowed)
+            for index, token_id in enumerate(np.array(ids).tolist()):
+                tokens[index].append(token_id)
+                if not matchers[index].is_stopped:
+                    matchers[index].accept(token_id)
         return tokens
 
     assert run([0, 1, 2, 3]) == [run([row])[0] for row in range(4)]
-
-
-def test_another_width_is_refused(vocabulary: GrammarTokenizer) -> None:
-    with (
-        BatchMasks(vocabulary.vocab_size + 1) as masks,
-        pytest.raises(OptionError, match="a matcher has a vocabulary of"),
-    ):
-        masks.start([Matcher(JsonObject(), vocabulary)])
