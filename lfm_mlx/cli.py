@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from lfm_mlx import __version__
-from lfm_mlx.distributed import is_first_rank
+from lfm_mlx.distributed import check_alone, is_first_rank
 from lfm_mlx.engine import follow
 from lfm_mlx.errors import OptionError
 from lfm_mlx.generate import Statistics, TokenStream, check_options, stream
@@ -92,7 +92,12 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def entering(**values: Any) -> Any:
-        if not is_parallel(values["loading"]) or is_first_rank():
+        if not is_parallel(values["loading"]):
+            if values.get("data_parallel", 1) == 1:
+                replicas = ["--data-parallel"] * ("data_parallel" in values)
+                check_alone("--tensor-parallel", "--expert-parallel", *replicas)
+            return function(**values)
+        if is_first_rank():
             return function(**values)
         loaded = load(values["model"], **values["loading"])
         follow(loaded.model)

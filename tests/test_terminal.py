@@ -7,7 +7,7 @@ import click
 import pytest
 
 from lfm_mlx.errors import CheckpointError, OptionError
-from lfm_mlx.terminal import format_bytes, run
+from lfm_mlx.terminal import QUIET_S, format_bytes, run
 
 
 def ended(command: click.Command, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
@@ -53,6 +53,32 @@ def test_an_error_is_one_message_and_an_exit_code(
     assert ended(failing(error), monkeypatch) == code
     out, err = capsys.readouterr()
     assert (out, err) == ("begun\n", message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (None, 0, ""),
+        (OptionError("top_p is 2"), 1, "error: rank 1: top_p is 2\n"),
+        (click.UsageError("no"), 2, "error: rank 1: no\n"),
+        (KeyboardInterrupt(), 130, "\n"),
+    ],
+    ids=repr,
+)
+def test_another_rank_is_silent_but_for_an_error_that_rank_0_may_not_have(
+    error: BaseException | None,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setenv("MLX_RANK", "1")
+    monkeypatch.setattr("time.sleep", waits.append)
+    command = failing(error) if error is not None else click.Command("command", callback=lambda: click.echo("done"))
+    assert ended(command, monkeypatch) == code
+    assert capsys.readouterr() == ("", message)
+    assert waits == [QUIET_S] * isinstance(error, (OptionError, click.UsageError))
 
 
 def test_a_bug_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

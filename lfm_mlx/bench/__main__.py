@@ -26,7 +26,7 @@ from lfm_mlx.bench.prefill_speed import ask_prefill_speed
 from lfm_mlx.bench.report import Report
 from lfm_mlx.bench.shapes import SHAPES, TAILS
 from lfm_mlx.bench.subject import LARGE_SHAPES, Subject, default_shapes, has_room_for_peer
-from lfm_mlx.distributed import is_first_rank, launched_world, leave_quietly
+from lfm_mlx.distributed import check_alone, launched_world
 from lfm_mlx.errors import OptionError
 from lfm_mlx.terminal import format_bytes, run
 
@@ -294,14 +294,12 @@ _NAMING = ("model", "shapes", "bits", "kv_bits", "peer", "tensor_parallel", "exp
 
 
 def _split(options: dict[str, Any], default: str | None = None) -> tuple[Subject, dict[str, Any]]:
-    """What is asked about, and what is asked; of ranks that were launched together, only the first one complains."""
+    """What is asked about, and what is asked."""
     named = {name: options.pop(name) for name in _NAMING}
-    try:
-        return _subject(default, asked=_given(**options), **named), _given(**options)
-    except (OptionError, click.UsageError):
-        if not is_first_rank():
-            leave_quietly()
-        raise
+    subject = _subject(default, asked=_given(**options), **named)
+    if subject.num_ranks == 1:
+        check_alone("--tensor-parallel", "--expert-parallel")
+    return subject, _given(**options)
 
 
 def _subject(

@@ -6,7 +6,7 @@ from lfm_mlx.distributed.part_file import read_ranges
 from lfm_mlx.distributed.ranks import Ranks, agree, free_bytes, join_link, join_ranks, part_name, ranks_of, set_ranks
 from lfm_mlx.distributed.shard import shard
 from lfm_mlx.distributed.sharded_weights import ShardedWeights, take_part
-from lfm_mlx.distributed.world import World, is_first_rank, launched_world, leave_quietly
+from lfm_mlx.distributed.world import World, check_alone, is_first_rank, launched_world
 
 __all__ = [
     "Cut",
@@ -18,6 +18,7 @@ __all__ = [
     "ShardedWeights",
     "World",
     "agree",
+    "check_alone",
     "check_size",
     "cut_of",
     "free_bytes",
@@ -25,7 +26,6 @@ __all__ = [
     "join_link",
     "join_ranks",
     "launched_world",
-    "leave_quietly",
     "local_config",
     "part_bytes",
     "part_name",

@@ -138,24 +138,24 @@ class Link:
 
     Args:
         world: the processes.
+        watch: ends this process from outside where it cannot do so itself; None: nothing does.
         arrival_s: in which all of them have to come.
 
     Attributes:
         failure: what ended the run; None while it goes on.
         on_failure: called when the run ends because a rank is gone, before this process does; what it returns is how
             many seconds the process shall live on.
-        watch: ends this process from outside where it cannot do so itself; None: nothing does.
 
     Raises:
         RankError: not all came.
         OptionError: rank 0's address cannot be listened on.
     """
 
-    def __init__(self, world: World, *, arrival_s: float = ARRIVAL_S) -> None:
+    def __init__(self, world: World, *, watch: Watch | None = None, arrival_s: float = ARRIVAL_S) -> None:
         self.world = world
         self.failure: RankError | None = None
         self.on_failure: Callable[[RankError], float] | None = None
-        self.watch: Watch | None = None
+        self._watch = watch
         self._launcher = launcher()
         self._is_closing = False
         self._failing = threading.Lock()
@@ -267,8 +267,8 @@ class Link:
     def close(self) -> None:
         """Take no loss for a failure any more; on rank 0 also let the others end."""
         self._is_closing = True
-        if self.watch is not None:
-            self.watch.sign(is_last=True)
+        if self._watch is not None:
+            self._watch.sign(is_last=True)
         if self.is_leader:
             self.send({"end": True})
 
@@ -302,8 +302,8 @@ class Link:
                 return
             self.failure = failure
             self._is_closing = True
-            if self.watch is not None:
-                self.watch.sign(is_last=True)
+            if self._watch is not None:
+                self._watch.sign(is_last=True)
         if not self.is_leader and self.peers[0].is_ended:
             time.sleep(LEAVE_S)  # Still here, this process waits in a collective for ranks that are gone.
             os._exit(0)
@@ -317,8 +317,8 @@ class Link:
 
     def _beat(self) -> None:
         while not self._is_closing:
-            if self.watch is not None:
-                self.watch.sign()
+            if self._watch is not None:
+                self._watch.sign()
             if self._launcher is not None and os.getppid() != self._launcher:
                 self._end(RankError("mlx.launch is gone; all ranks end, start them again"))
             for peer in list(self.peers.values()):  # More may come meanwhile.

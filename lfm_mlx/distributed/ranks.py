@@ -19,7 +19,7 @@ from lfm_mlx.distributed.link import BLAME_S, Link
 from lfm_mlx.distributed.shard import Group, MlxGroup
 from lfm_mlx.distributed.watch import STILL_S, Watch
 from lfm_mlx.distributed.world import launched_world
-from lfm_mlx.errors import RankError
+from lfm_mlx.errors import LfmError, RankError
 from lfm_mlx.memory import available_bytes
 from lfm_mlx.model import Model
 
@@ -83,9 +83,14 @@ def join_link(size: int, mode: str) -> Link:
         OptionError: another number was launched, or none.
         RankError: a rank did not come.
     """
-    link = Link(launched_world(size, mode))
+    world = launched_world(size, mode)
     still = f"error: rank 0 stood still for {STILL_S} s, waiting for another one; all ranks end, start them again\n"
-    link.watch = Watch(still if link.is_leader else "")
+    watch = Watch(still if world.rank == 0 else "")  # Also while others are waited for.
+    try:
+        link = Link(world, watch=watch)
+    except LfmError:
+        watch.close()
+        raise
     if link.is_leader:
         atexit.register(link.close)
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lfm_mlx.errors import OptionError
 
 LOOK_S = 5.0
 """In which the system has to say who has started this process."""
-
-QUIET_S = 3.0
-"""A launcher ends all ranks when one has failed: rank 0 has so long to tell why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +76,31 @@ def is_first_rank() -> bool:
     return world is None or world.rank == 0
 
 
+def check_alone(*options: str) -> None:
+    """Refuse to work as one process where several were launched: each would do all of it.
+
+    Args:
+        *options: those that let them work together, for the message.
+
+    Raises:
+        OptionError: several were launched.
+    """
+    world = read_world()
+    if world is not None:
+        raise OptionError(
+            f"{world.size} processes were launched, each of which would do all of it, expected one of "
+            f"{', '.join(options)}; give one, or leave mlx.launch out"
+        )
+
+
 def launched_world(size: int, mode: str) -> World:
     """The world, which has to have `size` processes.
 
     Raises:
-        OptionError: it has another number; the message has the command to use. Ranks but 0 just end.
+        OptionError: it has another number; the message has the command to use.
     """
     world = read_world()
     found = world.size if world is not None else 1
-    if world is not None and found != size and world.rank > 0:
-        leave_quietly()
     if world is None or found != size:
         processes = "1 process was" if found == 1 else f"{found} processes were"
         raise OptionError(
@@ -99,12 +109,6 @@ def launched_world(size: int, mode: str) -> World:
             f"mlx.launch --hostfile FILE -- ... with {size} hosts in the file"
         )
     return world
-
-
-def leave_quietly() -> NoReturn:
-    """End a rank other than 0 whose problem rank 0 has too, and tells."""
-    time.sleep(QUIET_S)
-    sys.exit(1)
 
 
 def _world(rank: int, size: int, backend: str, address: str) -> World:

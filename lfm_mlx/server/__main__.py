@@ -83,8 +83,8 @@ OF_A_FRONT = frozenset(
     help=f"File of API keys, one a line; the variable {API_KEY_VARIABLE} is another way.",
 )
 @click.option("--cors-origin", multiple=True, help="Site whose pages may call, or *; may be repeated.")
-@click.option("--tls-cert", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Certificate, PEM.")
-@click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Its key, PEM.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
 @click.option(
@@ -133,8 +133,6 @@ def command(
 
     One line on standard output says where, when the server is ready; the log goes to standard error.
     """
-    if (tls_cert is None) != (tls_key is None):
-        raise OptionError("one of --tls-cert and --tls-key was given, expected both; give the other one too")
     settings = ServerSettings(
         names=model_names(model, alias),
         max_rows=max_rows,
@@ -156,7 +154,7 @@ def command(
         settings=settings,
         cache=CacheOptions(memory_gb=prefix_cache_gb, folder=prefix_cache_dir, folder_gb=prefix_cache_dir_gb),
         limits={"shutdown_timeout_s": shutdown_timeout, "read_timeout_s": read_timeout},
-        secrecy={"tls_cert": tls_cert, "tls_key": tls_key},
+        secrecy=_secrecy(tls_cert, tls_key),
     )
     if replica:
         _refuse_options_of_a_model()
@@ -343,7 +341,20 @@ def make_prefix_cache(
     return PrefixCache(model.config, dtype=model.dtype, kv_bits=model.kv_bits, max_bytes=max_bytes, disk=disk)
 
 
+def _secrecy(cert: Path | None, key: Path | None) -> dict[str, Path | None]:
+    """The files of TLS, which only rank 0 has to have, as the front of all."""
+    if (cert is None) != (key is None):
+        raise OptionError("one of --tls-cert and --tls-key was given, expected both; give the other one too")
+    for file in (cert, key):
+        if file is not None and is_first_rank() and not file.is_file():
+            raise OptionError(f"{file} is no file, expected one in PEM form; name an existing one")
+    return {"tls_cert": cert, "tls_key": key}
+
+
 def _keys(file: Path | None, variable: str) -> tuple[str, ...]:
+    """The API keys that a file and a variable hold, which only rank 0 has to have."""
+    if not is_first_rank():
+        return ()
     texts = [read_text(file)] if file is not None else []
     keys = read_keys([*texts, os.environ.get(variable, "")])
     if file is not None and not keys:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import launched, outputs
+from launching import PATIENCE_S, launched, outputs
 
-from lfm_mlx.bench.__main__ import group
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.shapes import config_named
 from lfm_mlx.bench.subject import Subject
 from lfm_mlx.distributed.wire import layers_traffic
-from lfm_mlx.terminal import run
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not count bytes by connection")
@@ -62,19 +60,16 @@ def test_collectives_in_a_counted_step_are_those_of_the_plan(tmp_path: Path) -> 
     assert found["results"]["sides"]["lfm_mlx"]["by_kind"]["collective"] == planned == 10
 
 
-@pytest.mark.parametrize(("rank", "told"), [(0, "error: peer is mlx-lm, which does not share this model"), (1, "")])
-def test_a_peer_that_cannot_share_the_model_is_refused_by_rank_0_alone(
-    rank: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([["127.0.0.1:1"], ["127.0.0.1:2"]]))
-    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
-    monkeypatch.setenv("MLX_RANK", str(rank))
-    monkeypatch.setattr("lfm_mlx.distributed.world.QUIET_S", 0.0)
-    monkeypatch.setattr("sys.argv", ["bench", "prefill", "--peer", "mlx-lm", "--tensor-parallel", "2"])
-    with pytest.raises(SystemExit) as end:
-        run(group, "bench")
-    found = capsys.readouterr()
-    assert (end.value.code, found.out) == (1, "")
-    assert found.err.startswith(told)
-    assert bool(found.err) == bool(told)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--peer", "mlx-lm", "--tensor-parallel", "2"], "error: peer is mlx-lm, which does not share this model"),
+        ([], "error: 2 processes were launched, each of which would do all of it, expected one of --tensor-parallel, "),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_by_rank_0_first(options: list[str], told: str, tmp_path: Path) -> None:
+    with launched(tmp_path, "-m", "lfm_mlx.bench", "prefill", *options) as ranks:
+        out, err = ranks[0].communicate(timeout=PATIENCE_S)
+        assert (ranks[0].returncode, ranks[1].poll(), out) == (1, None, "")
+    assert err.startswith(told)
+    assert len(err.splitlines()) == 1

@@ -17,7 +17,7 @@ import pytest
 from launching import PATIENCE_S, free_ports
 
 from lfm_mlx.distributed.link import Link
-from lfm_mlx.distributed.world import World, launched_world, read_world
+from lfm_mlx.distributed.world import World, check_alone, launched_world, read_world
 from lfm_mlx.errors import OptionError, RankError
 
 
@@ -173,6 +173,17 @@ def test_without_a_launcher_the_command_to_use_is_told(monkeypatch: pytest.Monke
     monkeypatch.delenv("MLX_RANK", raising=False)
     with pytest.raises(OptionError, match=r"but 1 process was launched, expected 2; .*mlx\.launch -n 2 -- lfm-mlx"):
         launched_world(2, "tensor")
+
+
+def test_processes_that_were_launched_together_do_not_all_do_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLX_RANK", raising=False)
+    check_alone("--tensor-parallel")
+    for name, value in variables(tmp_path, 1, name="MLX_HOSTFILE", hosts=[["a:1"], ["b:2"]]).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError, match=r"2 processes were launched, .* expected one of --tensor-parallel, --other;"):
+        check_alone("--tensor-parallel", "--other")
 
 
 def test_the_rank_with_the_least_free_memory_counts() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-from launching import PATIENCE_S
+import pytest
+from launching import PATIENCE_S, launched
 
 PROGRAM = """
 import sys, time
@@ -43,3 +46,24 @@ def test_a_process_that_stands_still_is_ended_even_if_nobody_reads_why() -> None
         assert process.stderr is not None
         process.stderr.close()
         assert process.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+ALONE = """
+import sys
+from lfm_mlx.distributed import join_link, watch
+watch.STILL_S = 2
+join_link(2, "tensor")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_before_another_one_has_come_is_ended(rank: int, tmp_path: Path) -> None:
+    with launched(tmp_path, "-c", ALONE) as ranks:
+        alone, other = ranks[rank], ranks[1 - rank]
+        other.kill()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while subprocess.run(["pgrep", "-P", str(alone.pid)], capture_output=True).returncode != 0:
+            assert alone.poll() is None
+            assert time.monotonic() < deadline_s
+        alone.send_signal(signal.SIGSTOP)
+        assert alone.wait(PATIENCE_S) == -signal.SIGKILL

@@ -65,3 +65,21 @@ def test_options_that_mean_nothing_are_refused(
     monkeypatch.setattr(server, "set_up_log", lambda level: None)  # Other tests read this process's log.
     with pytest.raises(OptionError, match=message):
         server.command.main([*options, "--port", "0"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"), [(0, "no-key: cannot be read"), (1, "--data-parallel is 3, but 2 processes were launched")]
+)
+def test_files_of_the_front_have_to_be_where_rank_0_is(
+    rank: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]')
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    monkeypatch.setenv("MLX_RANK", str(rank))
+    monkeypatch.setattr(server, "set_up_log", lambda level: None)
+    files = ["--api-key-file", str(tmp_path / "no-key")]
+    if rank > 0:
+        files += ["--tls-cert", str(tmp_path / "none"), "--tls-key", str(tmp_path / "none")]
+    with pytest.raises(OptionError, match=message):
+        server.command.main([*files, "--data-parallel", "3", "--port", "0"], standalone_mode=False)
