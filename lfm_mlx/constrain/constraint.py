@@ -12,8 +12,10 @@ from llguidance import LLMatcher, regex_to_lark
 
 from lfm_mlx.constrain.grammar_tokenizer import GrammarTokenizer
 from lfm_mlx.constrain.lark_rules import quoted
+from lfm_mlx.constrain.lark_source import check_lark
 from lfm_mlx.constrain.literal_grammar import Form
-from lfm_mlx.constrain.schema_check import Schema, check_compiles, check_schema, json_grammar
+from lfm_mlx.constrain.schema_check import check_compiles, check_schema, json_grammar
+from lfm_mlx.constrain.schema_tree import Schema
 from lfm_mlx.constrain.tool_grammar import ToolDeclaration, calls_grammar, read_tools
 from lfm_mlx.errors import OptionError
 from lfm_mlx.tokenizer import special
@@ -157,6 +159,7 @@ class Lark(Constraint):
                 f"source: the rule option {option[1]!r} is not supported, because it changes what was already written "
                 "or drawn; use 'suffix' or 'lazy'"
             )
+        check_lark(self.source)
         _check_grammar("source", LLMatcher.grammar_from_lark(self.source))
 
     def grammar(self, tokenizer: GrammarTokenizer) -> str:

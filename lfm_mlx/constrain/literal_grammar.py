@@ -18,15 +18,8 @@ from typing import Any, Literal
 from lfm_mlx.constrain.integer_range import integer_range
 from lfm_mlx.constrain.lark_rules import LarkRules, either, glued, pattern, quoted
 from lfm_mlx.constrain.members import COLON, COMMA, Member, repeats, sequence
-from lfm_mlx.constrain.schema_check import (
-    ANNOTATIONS,
-    JSON_TYPES,
-    Schema,
-    check_compiles,
-    enforceable,
-    resolve,
-    subschemas,
-)
+from lfm_mlx.constrain.schema_check import ANNOTATIONS, JSON_TYPES, check_compiles, enforceable
+from lfm_mlx.constrain.schema_tree import Schema, resolve, subschemas
 from lfm_mlx.errors import OptionError
 
 Form = Literal["pythonic", "json"]

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
 
 from llguidance import LLMatcher
 
+from lfm_mlx.constrain.schema_tree import (
+    SCHEMA_KEYS,
+    SCHEMA_LIST_KEYS,
+    SCHEMA_MAP_KEYS,
+    Schema,
+    count_levels,
+    escape_pointer,
+    resolve,
+    subschemas,
+)
 from lfm_mlx.constrain.string_formats import NATIVE, PATTERNS, with_format_pattern
 from lfm_mlx.errors import OptionError
 
-Schema = Mapping[str, Any] | bool
-
 JSON_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 FORMATS = (*PATTERNS, *NATIVE)
-MAX_DEPTH = 64
+EXACT = 2**53
+"""llguidance computes with floats, which leave out whole numbers beyond."""
 
 ANNOTATIONS = frozenset(
     (
@@ -37,11 +45,9 @@ UNSUPPORTED = frozenset(
 )  # fmt: skip
 """Keywords of JSON Schema that a token grammar cannot enforce."""
 
-_SCHEMA_KEYS = ("items", "additionalProperties")
-_SCHEMA_LIST_KEYS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SCHEMA_MAP_KEYS = ("properties", "patternProperties", "$defs", "definitions")
+LARGEST = 9 * 10**18
+"""Near the end of 64 bits llguidance finds no end."""
 
-_INNER_KEYS = frozenset((*_SCHEMA_KEYS, *_SCHEMA_LIST_KEYS, *_SCHEMA_MAP_KEYS))
 _BARE_KEYS = ANNOTATIONS | {"type"}
 _TO_JSON = json.JSONEncoder(allow_nan=False)
 
@@ -62,11 +68,16 @@ def check_schema(schema: object, name: str = "schema") -> None:
 
 def check_keywords(schema: object, name: str = "schema") -> None:
     """`check_schema` for what is known to be JSON."""
+    has_references = False
     for pointer, subschema in subschemas(schema, name):
         if _is_bare_type(subschema):
             continue
         _check_values(subschema, f"{name}#{pointer}")
-        _check_reference(subschema, schema, f"{name}#{pointer}")
+        has_references = has_references or (isinstance(subschema, Mapping) and "$ref" in subschema)
+    if has_references:
+        count_levels(schema, schema, name)
+        for pointer, subschema in subschemas(schema, name):
+            _check_reference(subschema, schema, f"{name}#{pointer}")
 
 
 def _is_bare_type(schema: object) -> bool:
@@ -76,6 +87,7 @@ def _is_bare_type(schema: object) -> bool:
 
 def check_compiles(schema: Schema, name: str = "schema") -> None:
     """Raise OptionError unless llguidance makes a grammar of `schema`, naming the innermost part that it refuses."""
+    _check_numbers(schema, name)
     reason = _refusal(schema)
     if not reason:
         return
@@ -88,56 +100,6 @@ def check_compiles(schema: Schema, name: str = "schema") -> None:
             if inner_reason:
                 raise OptionError(f"{name}#{pointer}: {inner_reason}; write this part of the schema in another way")
     raise OptionError(f"{name}: {reason}; write the schema in another way")
-
-
-def subschemas(schema: object, name: str = "schema") -> Iterator[tuple[str, object]]:
-    """Every schema within `schema` with its JSON pointer, the outer ones first.
-
-    Raises:
-        OptionError: the nesting is deeper than 64.
-    """
-    waiting: list[tuple[str, object, int]] = [("", schema, 0)]
-    while waiting:
-        pointer, current, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise OptionError(f"{name}#{pointer} is nested more than {MAX_DEPTH} deep; move inner parts to $defs")
-        yield pointer, current
-        if isinstance(current, Mapping) and not _INNER_KEYS.isdisjoint(current):
-            inner = [(f"{pointer}/{key}", value, depth + 1) for key, value in _inner_schemas(current)]
-            waiting.extend(reversed(inner))
-
-
-def _inner_schemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    for key, value in schema.items():
-        if key in _SCHEMA_KEYS:
-            yield key, value
-        elif key in _SCHEMA_LIST_KEYS and isinstance(value, Sequence) and not isinstance(value, str):
-            yield from ((f"{key}/{index}", item) for index, item in enumerate(value))
-        elif key in _SCHEMA_MAP_KEYS and isinstance(value, Mapping):
-            yield from ((f"{key}/{escape_pointer(part)}", item) for part, item in value.items())
-
-
-def escape_pointer(part: str) -> str:
-    """One step of a JSON pointer."""
-    return part.replace("~", "~0").replace("/", "~1") if "~" in part or "/" in part else part
-
-
-def resolve(reference: str, root: object) -> object:
-    """What a reference such as `#/$defs/a` points to in `root`.
-
-    Raises:
-        LookupError: nothing is there.
-    """
-    current = root
-    for step in reference[1:].split("/")[1:]:
-        part = unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(current, Mapping):
-            current = current[part]
-        elif isinstance(current, Sequence) and not isinstance(current, str) and part.isdecimal():
-            current = current[int(part)]
-        else:
-            raise LookupError(part)
-    return current
 
 
 def json_text(schema: object, name: str = "schema") -> str:
@@ -221,6 +183,37 @@ def _check_reference(schema: object, root: object, place: str) -> None:
             raise OptionError(f"{place}/$ref is {reference!r}, but there is nothing there; add it to $defs") from None
 
 
+def _check_numbers(schema: Schema, name: str) -> None:
+    """Refuse numbers that llguidance would take for others, or not survive."""
+    for pointer, subschema in subschemas(schema, name):
+        if not isinstance(subschema, Mapping):
+            continue
+        for key in ("const", "enum"):
+            for number in _numbers_in(subschema.get(key)):
+                if abs(number) > EXACT:
+                    raise OptionError(
+                        f"{name}#{pointer}/{key} has {number}, expected numbers from -{EXACT} to {EXACT}, beyond which "
+                        "they cannot be told apart; make it a string"
+                    )
+        for key in ("maximum", "exclusiveMaximum"):
+            if subschema.get(key, 0) < -LARGEST:
+                raise OptionError(
+                    f"{name}#{pointer}/{key} is {subschema[key]}, expected at least -{LARGEST}; leave it out"
+                )
+
+
+def _numbers_in(value: object) -> Iterator[float]:
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if _is_number(current):
+            yield current  # type: ignore[misc]
+        elif isinstance(current, Mapping):
+            waiting += current.values()
+        elif isinstance(current, (list, tuple)):
+            waiting += current
+
+
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """The grammar of JSON text under a schema, in llguidance's form."""
     options: Any = COMPILE_OPTIONS
@@ -233,11 +226,11 @@ def enforceable(schema: Any) -> Any:
         return schema
     result: dict[str, Any] = {}
     for key, value in with_format_pattern(schema).items():
-        if key in _SCHEMA_KEYS:
+        if key in SCHEMA_KEYS:
             result[key] = enforceable(value)
-        elif key in _SCHEMA_LIST_KEYS:
+        elif key in SCHEMA_LIST_KEYS:
             result[key] = [enforceable(item) for item in value]
-        elif key in _SCHEMA_MAP_KEYS:
+        elif key in SCHEMA_MAP_KEYS:
             result[key] = {name: enforceable(item) for name, item in value.items()}
         else:
             result[key] = value

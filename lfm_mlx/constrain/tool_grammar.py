@@ -11,7 +11,8 @@ from typing import Any
 from lfm_mlx.constrain.lark_rules import Irregular, LarkRules, either, quoted
 from lfm_mlx.constrain.literal_grammar import Form, LiteralGrammar, asked_text, property_schemas, spell_string
 from lfm_mlx.constrain.members import COMMA, SEPARATORS, Member, sequence
-from lfm_mlx.constrain.schema_check import ANNOTATIONS, check_keywords, json_text, resolve
+from lfm_mlx.constrain.schema_check import ANNOTATIONS, check_keywords, json_text
+from lfm_mlx.constrain.schema_tree import resolve
 from lfm_mlx.errors import OptionError
 from lfm_mlx.types import Tool
 

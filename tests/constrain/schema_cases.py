@@ -171,6 +171,10 @@ CASES: list[tuple[Any, list[Any]]] = [
 REFUSED: list[tuple[Any, str]] = [
     ({"not": {"type": "string"}}, "schema#/not"),
     ({"properties": {"a": {"items": {"not": {}}}}}, "schema#/properties/a/items/not"),
+    # These three overflow llguidance's stack, or are taken for another number.
+    ({"const": [{"a": -(2**63)}]}, "schema#/const has -9223372036854775808"),
+    ({"enum": [123456789012345678]}, "schema#/enum has 123456789012345678"),
+    ({"type": "integer", "minimum": -(10**30), "maximum": -(10**30)}, "schema#/maximum is -1000"),
     ({"if": {}, "then": {}}, "'if'"),
     ({"then": {}}, "'then'"),
     ({"else": {}}, "'else'"),

@@ -116,3 +116,21 @@ def test_a_schema_that_is_too_deep_is_refused() -> None:
         schema = {"items": schema}
     with pytest.raises(OptionError, match="nested more than 64 deep"):
         JsonSchema(schema)
+
+
+@pytest.mark.parametrize("as_tool", [False, True])
+def test_references_that_lead_too_deep_are_refused(as_tool: bool) -> None:
+    """What compiles a schema calls itself at each of them: thousands overflow its stack, and end the process."""
+
+    def nested(depth: int) -> dict[str, Any]:
+        inner = {"type": "array", "items": {"type": "integer"}}
+        chain = {f"a{n}": {"type": "array", "items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(depth)}
+        return {"properties": {"x": {"$ref": "#/$defs/a0"}}, "$defs": {**chain, f"a{depth}": inner}}
+
+    def make(depth: int) -> object:
+        schema = nested(depth)
+        return ToolCalls([{"name": "f", "parameters": schema}]) if as_tool else JsonSchema(schema)
+
+    assert make(50)
+    with pytest.raises(OptionError, match="more than 128 levels deep"):
+        make(5000)

@@ -352,6 +352,15 @@ def test_the_answer_after_reasoning_is_constrained(vocabulary: GrammarTokenizer)
         assert isinstance(json.loads(text)["a"], int)
 
 
+def _chain(num_rules: int) -> str:
+    rules = [f"r{number}: r{number + 1}" for number in range(num_rules)]
+    return "\n".join(["start: r0", *rules, f'r{num_rules}: "a"'])
+
+
+def test_a_grammar_may_lead_through_many_rules(vocabulary: GrammarTokenizer) -> None:
+    assert Matcher(Lark(_chain(200)), vocabulary)
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -366,6 +375,8 @@ def test_the_answer_after_reasoning_is_constrained(vocabulary: GrammarTokenizer)
         (lambda: Lark('start: a\na[stop="x"]: /.*/'), "'stop'"),
         (lambda: Lark("start: a\na[max_tokens=3]: /.*/"), "'max_tokens'"),
         (lambda: Lark('start: %json {"not": {}}'), "not"),
+        (lambda: Lark(f'start: %json {{"const": {-(2**63)}}}'), "%json#/const"),
+        (lambda: Lark(_chain(5000)), "300 levels deep"),
     ],
 )
 def test_what_is_no_grammar_is_refused(make: Any, expected: str) -> None:
