@@ -7,10 +7,11 @@ together, rank 0 speaks to the user: another one says only what rank 0 does not 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -70,6 +71,17 @@ def _message(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, a lower precision or a shorter context"
     return str(error)
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds, which neither "nan" nor "inf" is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 def format_bytes(num_bytes: float) -> str:

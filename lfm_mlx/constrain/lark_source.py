@@ -46,7 +46,7 @@ def check_lark(source: str) -> None:
 def _read_rules(text: str) -> dict[str, _Rule]:
     heads = list(_RULE.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
-    bodies = {head[1]: text[head.end() : end] for head, end in zip(heads, ends, strict=True)}
+    bodies = {head[1]: text[head.end() : end] for head, end in zip(heads, ends, strict=False)}
     return {
         name: _Rule(frozenset(_NAME.findall(body)) & bodies.keys(), _num_brackets(body))
         for name, body in bodies.items()

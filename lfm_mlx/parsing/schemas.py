@@ -96,11 +96,12 @@ class _Checker:
             arguments = matched
         allows_more = schema.get("additionalProperties", "properties" not in schema) is not False
         allows_more |= any(key in schema for key in ("patternProperties", "allOf", "anyOf", "oneOf"))
+        required = _strings(schema.get("required"))
         for key in arguments:
-            if key not in properties and not allows_more:
+            if key not in properties and key not in required and not allows_more:
                 expected = ", ".join(properties) or "none"
                 return Problem("unknown_argument", f"there is no argument {key[:200]!r}; known: {expected[:500]}")
-        missing = [key for key in _strings(schema.get("required")) if key not in arguments]
+        missing = [key for key in required if key not in arguments]
         if missing:
             return Problem("missing_argument", f"the argument {missing[0]!r} is missing")
         checked: dict[str, Any] | Problem = self._value(dict(arguments), schema, "", 0)

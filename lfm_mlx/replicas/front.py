@@ -28,8 +28,8 @@ from lfm_mlx.server.app import ENDPOINTS, build_app
 from lfm_mlx.server.chat_page import show_page, show_static
 from lfm_mlx.server.endpoint import request_id
 from lfm_mlx.server.health import live
-from lfm_mlx.server.http_errors import RETRY_AFTER_S, ApiError
-from lfm_mlx.server.model_service import BODIES_AT_ONCE, closing_error
+from lfm_mlx.server.http_errors import RETRY_AFTER_S, ApiError, closing_error
+from lfm_mlx.server.model_service import BODIES_AT_ONCE
 from lfm_mlx.server.openapi import openapi_endpoint
 from lfm_mlx.server.request_body import PARSE_IN_THREAD_BYTES, BodyRoom, parse_json, read_body
 from lfm_mlx.server.sse import while_connected

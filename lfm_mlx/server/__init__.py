@@ -2,7 +2,7 @@
 
 from lfm_mlx.server.app import make_app
 from lfm_mlx.server.model_service import Service
-from lfm_mlx.server.serving import HttpServer, bind
+from lfm_mlx.server.serving import HttpServer, bind, check_certificate
 from lfm_mlx.server.settings import ServerSettings
 
-__all__ = ["HttpServer", "ServerSettings", "Service", "bind", "make_app"]
+__all__ = ["HttpServer", "ServerSettings", "Service", "bind", "check_certificate", "make_app"]

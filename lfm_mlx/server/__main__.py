@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,10 @@ from lfm_mlx.errors import OptionError
 from lfm_mlx.hub import fetch
 from lfm_mlx.memory import available_bytes
 from lfm_mlx.model import Model
-from lfm_mlx.server import HttpServer, ServerSettings, Service, bind, make_app
+from lfm_mlx.server import HttpServer, ServerSettings, Service, bind, check_certificate, make_app
 from lfm_mlx.server.access import read_keys
 from lfm_mlx.server.request_log import set_up_log
-from lfm_mlx.terminal import run
+from lfm_mlx.terminal import FiniteRange, run
 
 DEFAULT_CACHE_GB = 4.0
 API_KEY_VARIABLE = "LFM_MLX_API_KEY"
@@ -56,27 +57,27 @@ OF_A_FRONT = frozenset(
 @click.option("--alias", multiple=True, help="Further name of the model in requests; may be repeated.")
 @click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Answers written at once.")
 @click.option("--max-waiting", type=click.IntRange(0), default=256, show_default=True, help="Answers that may wait.")
-@click.option("--max-body-mb", type=click.FloatRange(0.001), default=16, show_default=True, help="Size of a request.")
-@click.option("--body-timeout", type=click.FloatRange(0.1), default=60, show_default=True, help="Seconds it may take.")
-@click.option("--request-timeout", type=click.FloatRange(0.001), help="Seconds an answer may take [default: no limit].")
+@click.option("--max-body-mb", type=FiniteRange(0.001), default=16, show_default=True, help="Size of a request.")
+@click.option("--body-timeout", type=FiniteRange(0.1), default=60, show_default=True, help="Seconds it may take.")
+@click.option("--request-timeout", type=FiniteRange(0.001), help="Seconds an answer may take [default: no limit].")
 @click.option(
     "--prefix-cache-gb",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     help="Memory for what earlier prompts have computed; 0 is none [default: an eighth of what is free, at most 4].",
 )
 @click.option(
     "--prefix-cache-dir", type=click.Path(path_type=Path), help="Folder where that is kept too, beyond the process."
 )
-@click.option("--prefix-cache-dir-gb", type=click.FloatRange(0.001), default=20, show_default=True, help="Its size.")
+@click.option("--prefix-cache-dir-gb", type=FiniteRange(0.001), default=20, show_default=True, help="Its size.")
 @click.option(
     "--read-timeout",
-    type=click.FloatRange(0.1),
+    type=FiniteRange(0.1),
     default=60,
     show_default=True,
     help="Seconds a client may leave unread what was written for it.",
 )
-@click.option("--shutdown-timeout", type=click.FloatRange(0), default=10, show_default=True, help="Seconds to finish.")
-@click.option("--keep-alive", type=click.FloatRange(0.05), default=10, show_default=True, help="Seconds between signs.")
+@click.option("--shutdown-timeout", type=FiniteRange(0), default=10, show_default=True, help="Seconds to finish.")
+@click.option("--keep-alive", type=FiniteRange(0.05), default=10, show_default=True, help="Seconds between signs.")
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -138,7 +139,7 @@ def command(
         max_rows=max_rows,
         max_waiting=max_waiting,
         api_keys=_keys(api_key_file, API_KEY_VARIABLE),
-        cors_origins=tuple(cors_origin),
+        cors_origins=tuple(map(_origin, cors_origin)),
         max_body_bytes=int(max_body_mb * 1e6),
         body_timeout_s=body_timeout,
         request_timeout_s=request_timeout,
@@ -290,6 +291,15 @@ def serve_ranks(start: Start, size: int) -> None:
                     serve_replicas(start, listening, urls, key, link)
 
 
+def _origin(origin: str) -> str:
+    """A site, checked to be what a browser sends as the origin of a page."""
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#]+", origin):
+        raise OptionError(
+            f"--cors-origin is {origin!r}, expected * or an origin such as https://app.example; correct it"
+        )
+    return origin
+
+
 def _refuse_options_of_a_model() -> None:
     """Where other servers answer, what belongs to a model is theirs."""
     context = click.get_current_context()
@@ -348,6 +358,8 @@ def _secrecy(cert: Path | None, key: Path | None) -> dict[str, Path | None]:
     for file in (cert, key):
         if file is not None and is_first_rank() and not file.is_file():
             raise OptionError(f"{file} is no file, expected one in PEM form; name an existing one")
+    if cert is not None and key is not None and is_first_rank():
+        check_certificate(cert, key)
     return {"tls_cert": cert, "tls_key": key}
 
 

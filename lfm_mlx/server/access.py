@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -16,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm_mlx.server.chat_page import STATIC_PREFIX
-from lfm_mlx.server.http_errors import ApiError, as_api_error, dialect_of
+from lfm_mlx.server.http_errors import ApiError, as_api_error, closing_error, dialect_of
 from lfm_mlx.server.sse import ClientGoneError
 
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready"})
@@ -26,6 +27,7 @@ CLIENT_GONE = 499
 """The status in the log of a request whose client went away; nobody receives it."""
 
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 log = logging.getLogger("lfm_mlx.server")
 
@@ -66,7 +68,11 @@ class Access:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", scope["request_id"].encode())]
+                own_id = scope["request_id"].encode()
+                # OpenAI's clients read the one, Anthropic's the other.
+                named = [(b"x-request-id", own_id), (b"request-id", own_id)]
+                given = list(message.get("headers", ()))
+                message["headers"] = [*given, *named, *self._opening(headers.get("origin"), given)]
             await send(message)
 
         try:
@@ -74,9 +80,9 @@ class Access:
             await self._app(scope, receive, sending)
         except (ClientGoneError, ClientDisconnect):
             status = CLIENT_GONE
-        except Exception as error:
-            # The last place where a client can be told.
-            api_error = as_api_error(error)
+        except (Exception, asyncio.CancelledError) as error:
+            # The last place where a client can be told. Cancelled is what outlasts the time that the server has to end.
+            api_error = as_api_error(error) if isinstance(error, Exception) else closing_error()
             if api_error.status == 500:
                 log.error("failed", exc_info=error, extra={"fields": {"id": scope["request_id"]}})
             if status == 0:
@@ -106,6 +112,14 @@ class Access:
                     headers={"www-authenticate": "Bearer"},
                 )
 
+    def _opening(self, origin: str | None, given: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """What lets a page that may call read an answer from here, where the layer behind has not said so."""
+        allowed = self._cors_origins
+        is_said = any(name == b"access-control-allow-origin" for name, _ in given)
+        if origin is None or is_said or not ("*" in allowed or origin in allowed):
+            return []
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+
     def _is_known(self, origin: str, host: str) -> bool:
         """Whether a browser's page may call. Without keys, a page whose name was made to lead here may not either."""
         allowed = self._cors_origins
@@ -121,7 +135,8 @@ class Access:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route: Any = scope.get("route")
         path = getattr(route, "path", "unknown")
-        self._count_http(scope["method"], path, status)
+        # A monitor keeps every name for good, and clients may make names up.
+        self._count_http(scope["method"] if scope["method"] in _METHODS else "other", path, status)
         level = logging.DEBUG if _is_open(path) else logging.INFO
         fields = {
             "id": scope["request_id"],

@@ -43,9 +43,12 @@ class AnswerStream:
                 self._loop.call_soon_threadsafe(self._news.set)
 
     def cancel(self, error: Exception | None = None) -> None:
-        """End the answer after the step that is being computed; who reads it gets the error, where one is given."""
+        """End the answer after the step that is being computed; who reads it gets the error, where one is given, now:
+        a step may be a long piece of a prompt."""
         self._cancel_error = self._cancel_error or error
         self._answer.cancel()
+        if error is not None:
+            self._tell()
 
     async def batches(self) -> AsyncGenerator[list[OutputEvent], None]:
         """What has come since the last time, until the end; leaving early cancels the answer.
@@ -54,7 +57,7 @@ class AnswerStream:
             Exception: what ended the answer, where that was an error.
         """
         try:
-            while self._answer.finish_reason is None:
+            while self._answer.finish_reason is None and self._cancel_error is None:
                 await self._news.wait()
                 self._news.clear()
                 self._is_told = False  # Before looking: what comes from now on is told again.
@@ -62,7 +65,7 @@ class AnswerStream:
                     yield batch
             if self._answer.finish_reason == "error":
                 raise self._answer.error or RuntimeError("the engine gave an answer up")
-            if self._cancel_error is not None and self._answer.finish_reason == "cancelled":
+            if self._cancel_error is not None and self._answer.finish_reason in (None, "cancelled"):
                 raise self._cancel_error
         finally:
             self._answer.cancel()

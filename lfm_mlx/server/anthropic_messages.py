@@ -26,7 +26,7 @@ async def messages(request: Request) -> Response:
     service = service_of(request)
     fields = await read_fields(request, MESSAGES)
     service.check_name(fields.get("model"))
-    asked = await service.ask(read_question(fields))
+    asked = await service.ask(lambda: [read_question(fields)])
     names = {"id": f"msg_{uuid.uuid4().hex}", "model": fields.get("model", service.name)}
     if fields.get("stream"):
         events = stream_errors(request, _events(service, asked, names))
@@ -42,7 +42,7 @@ async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     fields = await read_fields(request, COUNT)
     service.check_name(fields.get("model"))
-    prepared = await asyncio.to_thread(prepare, service.model, service.tokenizer, read_question(fields))
+    prepared = await asyncio.to_thread(lambda: prepare(service.model, service.tokenizer, read_question(fields)))
     return JSONResponse({"input_tokens": len(prepared.prompt.ids)})
 
 

@@ -90,14 +90,13 @@ def build_app(
     """
     middleware = [Middleware(Access, api_keys=api_keys, cors_origins=cors_origins, count_http=count_http)]
     if cors_origins:
-        headers = ["authorization", "content-type", "x-api-key", "x-request-id", "anthropic-version", "anthropic-beta"]
         middleware.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=headers,
-                expose_headers=["x-request-id", "retry-after"],
+                allow_headers=["*"],  # Clients made for browsers send a dozen of their own.
+                expose_headers=["x-request-id", "request-id", "retry-after"],
             )
         )
     return Starlette(

@@ -105,23 +105,26 @@ def prepare(model: Model, tokenizer: Tokenizer, ask: Ask) -> Prepared:
     return Prepared(prompt=prompt, tools=tools, sampling=sampling, options=options, is_raw=ask.prompt is not None)
 
 
-def check_variables(variables: Mapping[str, Any]) -> None:
-    """Refuse variables of the chat template that have other fields, or no meaning in any template.
+def check_variables(variables: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Refuse variables of the chat template that have other fields, or that it does not read.
 
     Raises:
         ApiError: one was given.
     """
-    for name in _NO_VARIABLES:
-        if name in variables:
+    known = sorted(tokenizer.template_variables.difference(_NO_VARIABLES))
+    for name in variables:
+        if name not in known:
             raise ApiError(
-                f"chat_template_kwargs.{name} was given, expected variables of the template only; leave it out",
-                param=f"chat_template_kwargs.{name}",
+                f"chat_template_kwargs.{name[:80]} was given, expected variables that this model's template reads "
+                f"({', '.join(known) or 'none'}); leave it out",
+                param=f"chat_template_kwargs.{name[:80]}",
+                code="unknown_field",
             )
 
 
 def _prompt(tokenizer: Tokenizer, ask: Ask, tools: Sequence[Tool], max_tokens: int) -> RenderedPrompt:
     if ask.prompt is None:
-        check_variables(ask.variables)
+        check_variables(ask.variables, tokenizer)
         return render_prompt(tokenizer, ask.messages, tools=tools or None, max_tokens=max_tokens, **ask.variables)
     if isinstance(ask.prompt, str):
         tokenizer.check_length(ask.prompt, max_tokens)

@@ -138,7 +138,7 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     fields = await read_fields(request, CHAT)
     service.check_name(fields.get("model"))
-    asked = await service.ask(read_ask(fields))
+    asked = await service.ask(lambda: [read_ask(fields)])
     names = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),

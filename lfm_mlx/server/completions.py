@@ -72,7 +72,7 @@ async def completions(request: Request) -> Response:
     service = service_of(request)
     fields = await read_fields(request, COMPLETIONS)
     service.check_name(fields.get("model"))
-    asked = await service.ask(*_questions(fields))
+    asked = await service.ask(lambda: _questions(fields))
     writer = _Writer(service, asked, fields)
     if not fields.get("stream"):
         await while_connected(request, service.finish(asked), asked.cancel)

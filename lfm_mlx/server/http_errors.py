@@ -109,3 +109,10 @@ def as_api_error(error: Exception) -> ApiError:
 def dialect_of(path: str) -> Dialect:
     """Whose interface a path belongs to."""
     return "anthropic" if path.startswith("/v1/messages") else "openai"
+
+
+def closing_error() -> ApiError:
+    """What is answered while the server closes."""
+    return ApiError(
+        "the server is shutting down; try again when it is back", status=503, code="shutting_down", closes=True
+    )

@@ -20,7 +20,7 @@ from lfm_mlx.model import Model
 from lfm_mlx.server.answering import AnswerStream
 from lfm_mlx.server.asking import Ask, Prepared, prepare
 from lfm_mlx.server.blocks import BlockWriter
-from lfm_mlx.server.http_errors import ApiError
+from lfm_mlx.server.http_errors import ApiError, closing_error
 from lfm_mlx.server.metrics import Metrics
 from lfm_mlx.server.request_body import BodyRoom
 from lfm_mlx.server.response_store import ResponseStore
@@ -95,8 +95,11 @@ class Service:
                 code="model_not_found",
             )
 
-    async def ask(self, *asks: Ask) -> Asked:
+    async def ask(self, read: Callable[[], Sequence[Ask]]) -> Asked:
         """Start to answer one question or several that are alike.
+
+        Args:
+            read: makes the questions; beside the event loop, as compiling a large schema takes a second.
 
         Raises:
             LfmError: the question cannot be asked, or there is no room for it now.
@@ -105,7 +108,7 @@ class Service:
         if self.is_closing:
             raise closing_error()
         loop = asyncio.get_running_loop()
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start, asks, loop, started_s))
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, read, loop, started_s))
         try:
             asked = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -117,9 +120,9 @@ class Service:
                 log.info("prompt", extra={"fields": {"prompt": prompt.text}})
         return asked
 
-    def _start(self, asks: Sequence[Ask], loop: asyncio.AbstractEventLoop, started_s: float) -> Asked:
+    def _start(self, read: Callable[[], Sequence[Ask]], loop: asyncio.AbstractEventLoop, started_s: float) -> Asked:
         """Prepare questions and submit their answers; takes a while, so that it runs beside the event loop."""
-        prepared = [prepare(self.model, self.tokenizer, ask) for ask in asks]
+        prepared = [prepare(self.model, self.tokenizer, ask) for ask in read()]
         answers: list[AnswerStream] = []
         try:
             for one in prepared:
@@ -288,10 +291,3 @@ async def _next(source: AsyncGenerator[list[OutputEvent], None]) -> list[OutputE
         return await source.__anext__()
     except StopAsyncIteration:
         return None
-
-
-def closing_error() -> ApiError:
-    """What is answered while the server closes."""
-    return ApiError(
-        "the server is shutting down; try again when it is back", status=503, code="shutting_down", closes=True
-    )

@@ -25,6 +25,8 @@ DRAIN_S, DRAIN_SILENCE_S = 10.0, 1.0
 sender may be silent meanwhile."""
 
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_LONG_NUMBER = re.compile(rb"(?<!\d)\d{309}")
+"""Shorter whole numbers are floats too."""
 
 
 UNCOUNTED_BYTES = 256 << 10
@@ -88,8 +90,17 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float, room:
     """The bytes of a body, which the caller gives back to the room; one that is too large is never held as a whole.
 
     Raises:
-        BodyRefusedError: it is too large, by what it announces or by what came, or takes too long, or there is no room.
+        BodyRefusedError: it is encoded, or too large, by what it announces or by what came, or takes too long, or there
+            is no room.
     """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise BodyRefusedError(
+            f"the body is encoded as {encoding[:80]!r}, expected plain JSON; send it without content-encoding",
+            status=415,
+            code="unsupported_encoding",
+            closes=True,
+        )
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise _too_large(int(announced), max_bytes)
@@ -117,8 +128,11 @@ def parse_json(body: bytes) -> Any:
     Raises:
         ApiError: it is no JSON, or nested too deeply, or has text that is no Unicode.
     """
+    parse_int = _finite_integer if _LONG_NUMBER.search(body) else None
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite, parse_int=parse_int
+        )
     except RecursionError:
         raise _too_deep() from None
     except UnicodeDecodeError as error:
@@ -193,6 +207,11 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"the number {text[:40]} is too large")
     return value
+
+
+def _finite_integer(text: str) -> int:
+    _finite(text)
+    return int(text)
 
 
 class BodyRefusedError(ApiError):

@@ -32,6 +32,7 @@ from lfm_mlx.server.generation_fields import (
     read_sampling,
     read_stop,
 )
+from lfm_mlx.server.http_errors import ApiError
 
 _STATUS = OneOf("in_progress", "completed", "incomplete")
 _PLAIN = Fields({"type": Text(), "text": Text()}, required=["text"])
@@ -149,11 +150,16 @@ def read_question(fields: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
         before: the messages of the conversation that it continues.
 
     Raises:
-        ApiError: a format cannot be enforced.
+        ApiError: a format cannot be enforced, or fields contradict one another.
     """
     opening = [{"role": "system", "content": fields["instructions"]}] if fields.get("instructions") else []
     choice = fields.get("tool_choice", "auto")
-    effort = fields.get("reasoning", {}).get("effort", "high")
+    effort = fields.get("reasoning", {}).get("effort")
+    if "thinking_budget" in fields and effort is not None:
+        raise ApiError(
+            "thinking_budget and reasoning.effort were given, expected one of them; leave one out",
+            param="thinking_budget",
+        )
     return Ask(
         messages=[*opening, *before, *read_items(fields["input"])],
         tools=[_tool(tool) for tool in fields.get("tools", [])],
@@ -164,7 +170,7 @@ def read_question(fields: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
         max_tokens=fields.get("max_output_tokens"),
         stop=read_stop(fields),
         **read_ending(fields),
-        thinking_budget=fields.get("thinking_budget", EFFORTS[effort]),
+        thinking_budget=fields.get("thinking_budget", EFFORTS[effort or "high"]),
         variables=fields.get("chat_template_kwargs", {}),
     )
 

@@ -28,7 +28,7 @@ async def create_response(request: Request) -> Response:
     fields = await read_fields(request, RESPONSES)
     service.check_name(fields.get("model"))
     before = _messages_before(service, fields)
-    asked = await service.ask(read_question(fields, before))
+    asked = await service.ask(lambda: [read_question(fields, before)])
     writer = ResponseWriter(service, asked, fields, before)
     if fields.get("stream"):
         events = writer.events(request_id(request))
@@ -94,6 +94,11 @@ class ResponseWriter:
     def _answer(self) -> AnswerStream:
         return self._asked.answers[0]
 
+    @property
+    def _status(self) -> str:
+        """Of an answer that ended."""
+        return "completed" if self._answer.finish_reason == "stop" else "incomplete"
+
     def body(self, status: str, output: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str, Any]:
         """The response as an object."""
         fields, sampling = self._fields, self._asked.sampling
@@ -127,14 +132,12 @@ class ResponseWriter:
 
     def ended(self) -> dict[str, Any]:
         """The whole response, stored where it may be continued."""
-        is_whole = self._answer.finish_reason == "stop"
-        status = "completed" if is_whole else "incomplete"
-        blocks = self.blocks.blocks
+        status, blocks = self._status, self.blocks.blocks
         output = [self._item(block, status if block is blocks[-1] else "completed") for block in blocks]
         body = self.body(
             status,
             output,
-            incomplete_details=None if is_whole else {"reason": "max_output_tokens"},
+            incomplete_details=None if status == "completed" else {"reason": "max_output_tokens"},
             usage=_usage(self._answer.usage),
         )
         if self._fields.get("store", True):
@@ -167,8 +170,11 @@ class ResponseWriter:
                 yield self._event(name, response=self.body("in_progress"))
             async with contextlib.aclosing(self._service.events(self._asked)) as batches:
                 async for _, batch, is_last in batches:
-                    for one in [*self.blocks.feed(joined(batch)), *(self.blocks.finish() if is_last else ())]:
-                        for written in self._step(one):
+                    steps = [(one, "completed") for one in self.blocks.feed(joined(batch))]
+                    if is_last:
+                        steps += [(one, self._status) for one in self.blocks.finish()]
+                    for one, status in steps:
+                        for written in self._step(one, status):
                             yield written
             body = self.ended()
             yield self._event(f"response.{body['status']}", response=body)
@@ -182,8 +188,8 @@ class ResponseWriter:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1, **data}, kind)
 
-    def _step(self, one: BlockStep) -> list[bytes]:
-        """The events of a step of a block."""
+    def _step(self, one: BlockStep, status: str) -> list[bytes]:
+        """The events of a step of a block; `status` is how it ends, where it does."""
         block = one.block
         place: dict[str, Any] = {"item_id": self._item_id(block), "output_index": block.index}
         name = {"reasoning": "reasoning_text", "text": "output_text", "call": "function_call_arguments"}[block.kind]
@@ -192,7 +198,7 @@ class ResponseWriter:
         if one.step == "delta":
             return [self._event(f"response.{name}.delta", **place, **in_part, delta=one.text, **logprobs)]
         is_new = one.step == "start"
-        item = self._item(block, "in_progress" if is_new else "completed", is_new=is_new)
+        item = self._item(block, "in_progress" if is_new else status, is_new=is_new)
         whole = {"output_index": block.index, "item": item}
         part = {"part": _part(block, "" if is_new else block.text)}
         if is_new:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -102,7 +103,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """The first signal ends gracefully, the second at once; neither is raised again afterwards."""
+        """The first signal ends gracefully, another SIGINT at once; neither is raised again afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -112,6 +113,21 @@ class HttpServer(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def check_certificate(cert: Path, key: Path) -> None:
+    """Refuse files of which no TLS can be made; a key with a pass phrase would ask for it in the terminal.
+
+    Raises:
+        OptionError: naming the files.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{cert} and {key} cannot be used for TLS ({error}); expected a certificate and its key in PEM form, "
+            "the key without a pass phrase; name other --tls-cert and --tls-key"
+        ) from error
 
 
 def bind(host: str, port: int) -> socket.socket:

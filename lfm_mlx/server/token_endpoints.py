@@ -74,7 +74,7 @@ def _encode(service: Service, fields: Mapping[str, Any]) -> list[int]:
             param="add_special_tokens",
         )
     variables = fields.get("chat_template_kwargs", {})
-    check_variables(variables)
+    check_variables(variables, service.tokenizer)
     prompt = render_prompt(
         service.tokenizer,
         fields["messages"],

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -56,6 +56,12 @@ class ChatTemplate:
         self.name = name
         self._special_tokens = dict(special_tokens or {})
         self._template = _compile(source, name)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names that it looks up, `messages` and `bos_token` among them."""
+        environment = self._template.environment
+        return frozenset(meta.find_undeclared_variables(environment.parse(self.source)))
 
     def render(
         self,

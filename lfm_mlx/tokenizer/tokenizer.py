@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -72,6 +73,11 @@ class Tokenizer:
     def has_template(self) -> bool:
         """Whether the checkpoint has a chat template."""
         return bool(self._templates)
+
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """The names that its chat templates look up."""
+        return frozenset().union(*(template.variables for template in self._templates.values()))
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """The ids of `text`. The string of a special token in it becomes that token's id, as in transformers.

@@ -370,6 +370,7 @@ def test_a_grammar_may_lead_through_many_rules(vocabulary: GrammarTokenizer) -> 
         (lambda: Choice([]), "options is []"),
         (lambda: Choice("ab"), "options is 'ab'"),
         (lambda: Choice(["a", ""]), "an option is ''"),
+        (lambda: Lark("no rule"), "source is refused"),
         (lambda: Lark("begin: /a/"), "start"),
         (lambda: Lark("start: x"), "unknown name"),
         (lambda: Lark('start: a\na[stop="x"]: /.*/'), "'stop'"),

@@ -98,6 +98,7 @@ def test_every_form_of_a_tool_is_understood(tool: dict[str, Any]) -> None:
         ({"type": "object"}, {"a": 1}, {"a": 1}),
         ({"type": "object", "properties": {}}, {"a": 1}, "unknown_argument"),
         ({"type": "object", "properties": {}, "additionalProperties": True}, {"a": 1}, {"a": 1}),
+        ({"type": "object", "properties": {}, "required": ["a"]}, {"a": 1}, {"a": 1}),
         ({"type": "object", "properties": {}, "additionalProperties": {"type": "integer"}}, {"a": "1"}, {"a": 1}),
         ({**PARAMETERS, "required": ["a"]}, {}, "missing_argument"),
     ],

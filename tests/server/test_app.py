@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from typing import Any
 
 import jsonschema
@@ -145,13 +147,17 @@ def test_a_browser_is_told_what_a_page_may_do(guarded: Running) -> None:
     asked = {
         "origin": "https://app.example",
         "access-control-request-method": "POST",
-        "access-control-request-headers": "content-type,authorization",
+        "access-control-request-headers": "content-type,authorization,x-stainless-os,x-stainless-retry-count",
     }
     response = guarded.http.options("/v1/chat/completions", headers=asked)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://app.example"
     refused = guarded.http.options("/v1/chat/completions", headers={**asked, "origin": "https://evil.example"})
     assert refused.status_code == 403
+    for origin, can_read in (("https://app.example", True), ("https://evil.example", False)):
+        unknown = guarded.http.post("/v1/chat/completions", json=QUESTION, headers={"origin": origin})
+        assert unknown.status_code == (401 if can_read else 403)
+        assert unknown.headers.get("access-control-allow-origin") == (origin if can_read else None)
 
 
 def test_one_too_many_is_sent_away_with_the_numbers() -> None:
@@ -172,3 +178,26 @@ def test_an_answer_that_takes_too_long_is_ended() -> None:
         with one.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
             lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
         assert '"code":"timeout"' in lines[-1]
+
+
+def test_names_that_clients_make_up_do_not_fill_the_metrics(served: Running) -> None:
+    for method in ("BREW", "WHEN"):
+        assert served.http.request(method, "/v1/models").status_code == 405
+    lines = served.http.get("/metrics").text.splitlines()
+    methods = {line.split('method="')[1].split('"')[0] for line in lines if line.startswith("http_requests_total")}
+    assert "other" in methods
+    assert not methods & {"BREW", "WHEN"}
+
+
+def test_clients_of_both_interfaces_find_the_id_of_a_request(served: Running) -> None:
+    headers = served.http.get("/v1/models", headers={"x-request-id": "mine"}).headers
+    assert headers["x-request-id"] == headers["request-id"] == "mine"
+
+
+def test_an_encoded_body_is_refused_by_its_encoding(served: Running) -> None:
+    packed = gzip.compress(json.dumps(QUESTION).encode())
+    response = served.http.post("/v1/chat/completions", content=packed, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert "gzip" in response.json()["error"]["message"]
+    plain = served.http.post("/v1/chat/completions", json=QUESTION, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200

@@ -70,7 +70,7 @@ def test_loops_are_ended_unless_a_request_lets_them_be(served: Running, interfac
     assert not is_guarding(loop_guard=False)
 
 
-@pytest.mark.parametrize("name", ["tools", "add_generation_prompt", "messages", "tokenizer", "self"])
+@pytest.mark.parametrize("name", ["tools", "add_generation_prompt", "messages", "tokenizer", "self", "enable_thinknig"])
 def test_variables_of_the_template_that_are_none_are_named(served: Running, name: str) -> None:
     body = {"messages": USER, "chat_template_kwargs": {name: 1}}
     for path in ("/v1/chat/completions", "/tokenize"):

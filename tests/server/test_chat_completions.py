@@ -206,6 +206,7 @@ def test_a_template_variable_reaches_the_template(served: Running) -> None:
         ({"response_format": {"type": "regex", "regex": "("}}, "response_format.regex"),
         ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinknig": False}}, "chat_template_kwargs.enable_thinknig"),
         ({"store": True}, "store"),
         ({"audio": {}}, "audio"),
         ({"functions": []}, "functions"),

@@ -138,6 +138,7 @@ def test_a_wrong_type_in_every_field(served: Running, endpoint: Any) -> None:
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
         b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 10_000 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1' + b"0" * 400 + b"}",
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
         b"\x00" * 1000,
     ],

@@ -173,6 +173,18 @@ def test_a_response_is_parsed_and_cut_ones_say_so(client: openai.OpenAI) -> None
     assert cut.incomplete_details.reason == "max_output_tokens"
 
 
+@pytest.mark.parametrize("max_tokens", [3, 20])
+def test_the_events_of_a_cut_response_agree_with_it(client: openai.OpenAI, max_tokens: int) -> None:
+    ended: list[object] = []
+    for event in client.responses.create(
+        model="tiny", input="Say hello.", max_output_tokens=max_tokens, temperature=0, stream=True
+    ):
+        if event.type == "response.output_item.done":
+            ended.append(event.item.to_dict())
+    assert event.type == "response.incomplete"
+    assert ended == [item.to_dict() for item in event.response.output]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -70,6 +70,43 @@ def test_answers_that_take_too_long_are_told_so_in_the_end() -> None:
         wait_until(lambda: not one.service.engine.is_alive)
 
 
+def test_who_waits_for_a_prompt_is_told_so_before_the_step_ends() -> None:
+    with running(new_service(), shutdown_timeout_s=0.1) as one:
+        step, is_held, may_go_on = one.service.engine._engine.step, threading.Event(), threading.Event()
+
+        def held_step() -> None:
+            is_held.set()
+            may_go_on.wait(PATIENCE_S)
+            step()
+
+        one.service.engine._engine.step = held_step  # type: ignore[method-assign]
+        with socket.create_connection(("127.0.0.1", one.port), timeout=PATIENCE_S) as raw:
+            body = json.dumps({"messages": [{"role": "user", "content": "Say hello."}]}).encode()
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+            raw.sendall(body)
+            assert is_held.wait(PATIENCE_S)
+            one.server.should_exit = True
+            try:
+                answer = raw.makefile("rb").read()
+            finally:
+                may_go_on.set()
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"shutting_down" in answer
+
+
+def test_a_request_that_never_came_whole_is_answered_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    with running(new_service(), shutdown_timeout_s=0.0) as one:
+        one.server.config.timeout_graceful_shutdown = 1
+        with socket.create_connection(("127.0.0.1", one.port), timeout=PATIENCE_S) as raw:
+            raw.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+            wait_until(lambda: bool(one.server.server_state.tasks))
+            one.server.should_exit = True
+            answer = raw.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"shutting_down" in answer
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_pieces_of_an_answer_do_not_wait_for_each_other() -> None:
     # asyncio turns Nagle's algorithm off for the connections of a socket that names its protocol.
     with bind("127.0.0.1", 0) as listening:
@@ -199,6 +236,10 @@ def test_a_certificate_is_served(tmp_path: Path) -> None:
         (["--api-key-file", str(TINY / "nothing")], "cannot be read"),
         (["--max-rows", "0"], "max-rows"),
         (["--host", "256.0.0.1"], "cannot be listened on"),
+        (["--tls-cert", str(TINY / "config.json"), "--tls-key", str(TINY / "config.json")], "cannot be used for TLS"),
+        (["--prefix-cache-gb", "nan"], "no finite number"),
+        (["--shutdown-timeout", "inf"], "no finite number"),
+        (["--cors-origin", "https://app.example/"], "expected * or an origin"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_loading(options: list[str], message: str) -> None:
