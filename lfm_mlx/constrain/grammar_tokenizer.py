@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import cast
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from lfm_mlx.errors import OptionError
@@ -26,6 +26,8 @@ _CONTROL_TOKENS = tuple(text for name, text in vars(special).items() if name.isu
 # What both kinds of string literal can hold as it stands: one walk over the vocabulary serves every string.
 _SLICES = [r"[^\"'\\\x00-\x1F\x7F]{1,30}"]
 _MAX_GRAMMARS = 64
+_MAX_ITEMS = 50_000
+"""Ways to go on from one place: 12,000 optional properties, or as many choices; llguidance's own 2,000 are few."""
 
 
 class GrammarTokenizer:
@@ -83,7 +85,7 @@ class GrammarTokenizer:
             if known is not None:
                 self._grammars.move_to_end(grammar)
                 return known.deep_copy()
-        prototype = LLMatcher(self.native, grammar, log_level=0)
+        prototype = LLMatcher(self.native, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=_MAX_ITEMS))
         if prototype.is_error():
             raise OptionError(f"the grammar is refused: {prototype.get_error()}; rewrite what is named there")
         prototype.compute_bitmask()  # this is where llguidance notices; the first step needs it anyway

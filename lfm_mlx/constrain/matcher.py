@@ -113,7 +113,7 @@ class Matcher:
         Where the grammar leaves one text, only the pieces are allowed that the tokenizer itself would cut it into.
 
         Raises:
-            LfmError: the grammar became too complex to follow.
+            OptionError: the grammar became too complex to follow.
         """
         part, row = self._parts[-1], self._row
         extra_ids = self._extra_ids()
@@ -288,7 +288,7 @@ class Matcher:
 
 def _check_alive(grammar: LLMatcher) -> None:
     if grammar.is_stopped() and not grammar.is_accepting():
-        raise LfmError(f"the grammar cannot be followed any further: {_reason(grammar)}; simplify the constraint")
+        raise OptionError(f"the grammar cannot be followed any further: {_reason(grammar)}; simplify the constraint")
 
 
 def _reason(grammar: LLMatcher) -> str:

@@ -44,7 +44,10 @@ class Metrics:
         self._generated = counter("generation_tokens", "Generated tokens.").labels(model_name)
         self._ended = counter("request_success", "Answers that ended.", "finished_reason")
         self._first = histogram("time_to_first_token_seconds", "Request to first token.", _SECONDS)
-        self._between = histogram("inter_token_latency_seconds", "Between tokens, mean of an answer.", _STEP_SECONDS)
+        self._between = histogram("inter_token_latency_seconds", "Between two tokens.", _STEP_SECONDS)
+        self._mean = histogram(
+            "request_time_per_output_token_seconds", "Between two tokens, mean of an answer.", _STEP_SECONDS
+        )
         self._whole = histogram("e2e_request_latency_seconds", "Request to end.", _SECONDS)
         self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._answer_sizes = histogram("request_generation_tokens", "Generated tokens of an answer.", _TOKENS)
@@ -77,7 +80,12 @@ class Metrics:
         if first_s is not None:
             self._first.observe(first_s)
             if usage.completion_tokens > 1:
-                self._between.observe((whole_s - first_s) / (usage.completion_tokens - 1))
+                self._mean.observe((whole_s - first_s) / (usage.completion_tokens - 1))
+
+    def count_tokens(self, num_tokens: int, seconds: float) -> None:
+        """Note tokens that came so many seconds after the ones before; of several at once, each took its part."""
+        for _ in range(num_tokens):
+            self._between.observe(seconds / num_tokens)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

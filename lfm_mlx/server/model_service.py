@@ -199,11 +199,17 @@ class Service:
 
     async def _counted(self, answer: AnswerStream, started_s: float) -> AsyncGenerator[list[OutputEvent], None]:
         first_s: float | None = None
+        told_s, num_told = started_s, 0
         reason = "abort"
         try:
             async with contextlib.aclosing(answer.batches()) as batches:
                 async for batch in batches:
-                    first_s = first_s or time.monotonic() - started_s
+                    now_s, num_tokens = time.monotonic(), answer.usage.completion_tokens
+                    if first_s is None:
+                        first_s = now_s - started_s
+                    else:
+                        self.metrics.count_tokens(num_tokens - num_told, now_s - told_s)
+                    told_s, num_told = now_s, num_tokens
                     yield batch
             reason = answer.finish_reason or "abort"
         finally:

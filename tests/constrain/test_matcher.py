@@ -344,6 +344,19 @@ def test_regexes_and_choices_match_the_whole_answer(vocabulary: GrammarTokenizer
     assert drawn == set(options)
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Choice([f"label {number}" for number in range(5000)], reasoning="forbidden"),
+        JsonSchema({"properties": {f"p{n}": {"type": "string"} for n in range(900)}}, reasoning="forbidden"),
+    ],
+    ids=["choices", "properties"],
+)
+def test_a_constraint_may_branch_widely(constraint: Constraint, vocabulary: GrammarTokenizer) -> None:
+    for answer in answers(constraint, vocabulary, 2):
+        assert answer.text
+
+
 def test_the_answer_after_reasoning_is_constrained(vocabulary: GrammarTokenizer) -> None:
     for answer in answers(JsonSchema(SCHEMA, reasoning="required"), vocabulary, 30, max_tokens=150):
         assert answer.text.startswith("<think>")

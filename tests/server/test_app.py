@@ -64,6 +64,19 @@ def test_metrics_count_what_was_asked(served: Running) -> None:
     assert value("lfm_mlx:time_to_first_token_seconds_count") > 0
 
 
+def test_metrics_have_the_time_between_any_two_tokens(served: Running) -> None:
+    def counts() -> tuple[float, ...]:
+        values = dict(line.rsplit(" ", 1) for line in served.http.get("/metrics").text.splitlines() if line[0] != "#")
+        names = ("inter_token_latency_seconds", "request_time_per_output_token_seconds")
+        return tuple(float(values[f'lfm_mlx:{name}_count{{model_name="tiny"}}']) for name in names)
+
+    before = counts()
+    num_tokens = served.chat(max_tokens=20).json()["usage"]["completion_tokens"]
+    tokens, answers = (now - old for now, old in zip(counts(), before, strict=True))
+    assert answers == 1
+    assert 1 < tokens < num_tokens
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405)],
