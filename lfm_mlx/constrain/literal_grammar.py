@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from lfm_mlx.constrain.integer_range import integer_range
+from lfm_mlx.constrain.integer_range import MAX_DIGITS, integer_range
 from lfm_mlx.constrain.lark_rules import LarkRules, either, glued, pattern, quoted
 from lfm_mlx.constrain.members import COLON, COMMA, Member, repeats, sequence
 from lfm_mlx.constrain.schema_check import ANNOTATIONS, JSON_TYPES, check_compiles, enforceable
@@ -168,7 +168,10 @@ class LiteralGrammar:
         high += [math.ceil(own["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in own else []
         regex = integer_range(max(low, default=None), min(high, default=None))
         if regex is None:
-            raise OptionError(f"{self._name}: no integer lies between minimum {max(low)} and maximum {min(high)}")
+            least, most = max(low, default="none"), min(high, default="none")
+            raise OptionError(
+                f"{self._name}: no integer of up to {MAX_DIGITS} digits lies between minimum {least} and maximum {most}"
+            )
         return self._rules.terminal(pattern(regex))
 
     def _words(self, values: Sequence[bool | None], is_inner: bool) -> list[str]:

@@ -178,6 +178,8 @@ def test_without_parallel_calls_there_is_exactly_one(form: Any, vocabulary: Gram
         ([function("f", {"a": {"type": "string", "pattern": "(?=a)"}})], "look-around"),
         ([function("f", {"a": {"anyOf": [{"type": "integer"}, {"oneOf": [{}, {"minLength": 1}]}]}})], "oneOf"),
         ([function("f", {"a": {"type": "integer", "minimum": 3, "maximum": 2}})], "minimum 3"),
+        ([function("f", {"a": {"type": "integer", "minimum": 10**30}})], "no integer of up to 19 digits"),
+        ([function("f", {"a": {"type": "integer", "maximum": -(10**30)}})], "no integer of up to 19 digits"),
         ([function("f", {"a": {"minItems": 3, "maxItems": 2, "type": "array"}})], "minItems"),
         ([function("f", {"a": False}, ["a"])], "false"),
         ([function("f", {"a-b": {}})], "'a-b'"),
