@@ -100,6 +100,9 @@ class HttpServer(uvicorn.Server):
         timer = asyncio.get_running_loop().call_later(self._shutdown_timeout_s, self._service.cancel_all)
         await super().shutdown(sockets)
         timer.cancel()
+        if self.force_exit:
+            # Left out by uvicorn then; but a thread that is cut off within a step takes the process down with it.
+            await self.lifespan.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

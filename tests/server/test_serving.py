@@ -193,6 +193,28 @@ def test_a_signal_ends_the_process_well(number: signal.Signals, tmp_path: Path) 
     assert "sesame" not in log
 
 
+def test_a_second_interruption_ends_answers_at_once_and_the_process_well() -> None:
+    body = {"messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+    with process("--shutdown-timeout", "1000") as (started, url):
+        log = started.stderr
+        assert log is not None
+        with httpx.Client(timeout=PATIENCE_S) as client:
+            asked = {**body, "ignore_eos": True, "loop_guard": False}
+            with client.stream("POST", f"{url}/v1/chat/completions", json=asked) as response:
+                lines = response.iter_lines()
+                next(lines)
+                started.send_signal(signal.SIGINT)
+                while '"closing"' not in log.readline():
+                    assert started.poll() is None
+                started.send_signal(signal.SIGINT)
+                with contextlib.suppress(httpx.RemoteProtocolError):
+                    for _ in lines:
+                        pass
+        _, rest = started.communicate(timeout=PATIENCE_S)
+        assert started.returncode == 0
+        assert "Traceback" not in rest
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the metrics do not show resident memory")
 def test_memory_goes_back_to_the_system_after_long_prompts() -> None:
     with process("--prefix-cache-gb", "0.001") as (_, url), httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
