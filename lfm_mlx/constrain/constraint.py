@@ -14,6 +14,7 @@ from lfm_mlx.constrain.grammar_tokenizer import GrammarTokenizer
 from lfm_mlx.constrain.lark_rules import quoted
 from lfm_mlx.constrain.lark_source import check_lark
 from lfm_mlx.constrain.literal_grammar import Form
+from lfm_mlx.constrain.reason import one_line
 from lfm_mlx.constrain.schema_check import check_compiles, check_schema, json_grammar
 from lfm_mlx.constrain.schema_tree import Schema
 from lfm_mlx.constrain.tool_grammar import ToolDeclaration, calls_grammar, read_tools
@@ -243,4 +244,4 @@ def _check_text(name: str, value: Any) -> None:
 def _check_grammar(name: str, grammar: str) -> None:
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_error:
-        raise OptionError(f"{name} is refused: {' '.join(' '.join(messages).split())}; rewrite what is named there")
+        raise OptionError(f"{name} is refused: {one_line(*messages)}; rewrite what is named there")

@@ -13,6 +13,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
+from lfm_mlx.constrain.reason import one_line
 from lfm_mlx.errors import OptionError
 from lfm_mlx.tokenizer import Tokenizer, special
 
@@ -87,7 +88,7 @@ class GrammarTokenizer:
                 return known.deep_copy()
         prototype = LLMatcher(self.native, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=_MAX_ITEMS))
         if prototype.is_error():
-            raise OptionError(f"the grammar is refused: {prototype.get_error()}; rewrite what is named there")
+            raise OptionError(f"the grammar is refused: {one_line(prototype.get_error())}; rewrite what is named there")
         prototype.compute_bitmask()  # this is where llguidance notices; the first step needs it anyway
         if prototype.is_stopped() and not prototype.is_accepting():
             raise OptionError("the grammar matches nothing, not even an empty answer; rewrite it")

@@ -12,6 +12,7 @@ from llguidance import LLMatcher
 from lfm_mlx.constrain.constraint import Constraint, ToolCalls
 from lfm_mlx.constrain.free_text import FreeText
 from lfm_mlx.constrain.grammar_tokenizer import GrammarTokenizer, Mask
+from lfm_mlx.constrain.reason import one_line
 from lfm_mlx.errors import LfmError, OptionError
 from lfm_mlx.tokenizer import special
 
@@ -219,7 +220,7 @@ class Matcher:
         num_kept = len(self._ids) - part.start
         if part.grammar is not None and part.num_read > num_kept:
             if not part.grammar.rollback(part.num_read - num_kept):
-                raise LfmError(f"the grammar cannot go back: {part.grammar.get_error()}; start a new matcher")
+                raise LfmError(f"the grammar cannot go back: {_reason(part.grammar)}; start a new matcher")
             part.num_read = num_kept
 
     def copy(self) -> Matcher:
@@ -292,4 +293,4 @@ def _check_alive(grammar: LLMatcher) -> None:
 
 
 def _reason(grammar: LLMatcher) -> str:
-    return " ".join(grammar.get_error().split()) or "nothing can follow"
+    return one_line(grammar.get_error()) or "nothing can follow"

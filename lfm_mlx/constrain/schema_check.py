@@ -9,6 +9,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from lfm_mlx.constrain.reason import one_line
 from lfm_mlx.constrain.schema_tree import (
     SCHEMA_KEYS,
     SCHEMA_LIST_KEYS,
@@ -242,8 +243,7 @@ def _refusal(schema: Schema) -> str:
     if isinstance(schema, bool):
         return "" if schema else "the schema is false, which allows no value"
     is_error, messages = LLMatcher.validate_grammar_with_warnings(json_grammar(schema))
-    text = " ".join(" ".join(messages).split())
-    return text if is_error or messages else ""
+    return one_line(*messages) if is_error or messages else ""
 
 
 def _nearest(keyword: str) -> str:

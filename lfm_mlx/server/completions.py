@@ -87,10 +87,11 @@ def _questions(fields: Mapping[str, Any]) -> list[Ask]:
         raise ApiError("echo and logprobs were given, expected one of them; leave one out", param="logprobs")
     prompt = fields["prompt"]
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    form = read_format(fields)
     return [
         Ask(
             prompt=one,
-            form=read_format(fields),
+            form=form,
             sampling=read_sampling(fields),
             max_tokens=fields.get("max_tokens"),
             stop=read_stop(fields),

@@ -36,9 +36,12 @@ async def read_fields(request: Request, fields: Fields) -> dict[str, Any]:
     """
     service = service_of(request)
     limit, timeout_s = service.settings.max_body_bytes, service.settings.body_timeout_s
-    body = await read_json(request, max_bytes=limit, timeout_s=timeout_s, room=service.bodies)
-    read: dict[str, Any] = fields.read(body, "")
-    return read
+
+    def read(body: object) -> dict[str, Any]:
+        found: dict[str, Any] = fields.read(body, "")
+        return found
+
+    return await read_json(request, read, max_bytes=limit, timeout_s=timeout_s, room=service.bodies)
 
 
 def log_failure(error: Exception, logged_id: str) -> None:

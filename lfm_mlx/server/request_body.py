@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -28,6 +29,7 @@ _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(rb"(?<!\d)\d{309}")
 """Shorter whole numbers are floats too."""
 
+Read = TypeVar("Read")
 
 UNCOUNTED_BYTES = 256 << 10
 """The beginning of a body needs no room among the others: ordinary requests are taken while large ones come in."""
@@ -71,8 +73,10 @@ def _counted(num_bytes: int) -> int:
     return max(num_bytes - UNCOUNTED_BYTES, 0)
 
 
-async def read_json(request: Request, *, max_bytes: int, timeout_s: float, room: BodyRoom) -> Any:
-    """The JSON value that a request carries.
+async def read_json(
+    request: Request, read: Callable[[object], Read], *, max_bytes: int, timeout_s: float, room: BodyRoom
+) -> Read:
+    """What `read` makes of the JSON value that a request carries; of a large one, beside the event loop.
 
     Raises:
         ApiError: it is too large, too slow, nested too deeply, or no JSON; or there is no room for it now.
@@ -80,8 +84,8 @@ async def read_json(request: Request, *, max_bytes: int, timeout_s: float, room:
     body = await read_body(request, max_bytes=max_bytes, timeout_s=timeout_s, room=room)
     try:
         if len(body) >= PARSE_IN_THREAD_BYTES:
-            return await asyncio.to_thread(parse_json, body)
-        return parse_json(body)
+            return await asyncio.to_thread(lambda: read(parse_json(body)))
+        return read(parse_json(body))
     finally:
         room.give(len(body))
 

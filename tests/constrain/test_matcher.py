@@ -21,6 +21,7 @@ from lfm_mlx.constrain import (
     Regex,
     ToolCalls,
 )
+from lfm_mlx.constrain.reason import one_line
 from lfm_mlx.errors import OptionError
 from lfm_mlx.tokenizer import Tokenizer
 
@@ -386,6 +387,7 @@ def test_a_grammar_may_lead_through_many_rules(vocabulary: GrammarTokenizer) -> 
         (lambda: Lark("no rule"), "source is refused"),
         (lambda: Lark("begin: /a/"), "start"),
         (lambda: Lark("start: x"), "unknown name"),
+        (lambda: Lark("x"), "source is refused"),
         (lambda: Lark('start: a\na[stop="x"]: /.*/'), "'stop'"),
         (lambda: Lark("start: a\na[max_tokens=3]: /.*/"), "'max_tokens'"),
         (lambda: Lark('start: %json {"not": {}}'), "not"),
@@ -397,6 +399,13 @@ def test_what_is_no_grammar_is_refused(make: Any, expected: str) -> None:
     with pytest.raises(OptionError) as caught:
         make()
     assert expected in str(caught.value)
+
+
+def test_a_refusal_is_short_whatever_was_asked_for() -> None:
+    with pytest.raises(OptionError, match=r"is refused: .* invalid regex") as caught:
+        Regex("(" * 5000)
+    assert len(str(caught.value)) < 600
+    assert one_line("panic: too large\n<backtrace>\n 0: start", "and more") == "panic: too large and more"
 
 
 def test_an_unknown_special_token_is_refused_by_the_matcher(vocabulary: GrammarTokenizer) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import Any
 
 import pytest
 from running_server import WEATHER_TOOL, Running
 
+from lfm_mlx.constrain import Regex
 from lfm_mlx.errors import LfmError
 from lfm_mlx.server import anthropic_fields, response_fields
 from lfm_mlx.server.asking import Ask, prepare
 from lfm_mlx.server.chat_completions import CHAT, read_ask
+from lfm_mlx.server.field_types import Fields
+from lfm_mlx.server.request_body import PARSE_IN_THREAD_BYTES
+from lfm_mlx.server.token_endpoints import TOKENIZE
 from lfm_mlx.types import SamplingParams
 
 JUNK = [True, 5, -1, 1.5, 10**30, 1e308, "", "x", [], [[]], ["x"], [{}], {}, {"x": 1}, {"type": 5}, {"type": "x"}]
@@ -34,6 +39,44 @@ def test_any_value_in_any_field_is_taken_or_refused(served: Running, interface: 
         except LfmError:
             num_refused += 1
     assert num_refused > 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": USER, "max_tokens": 3, "guided_regex": "a"}),
+        ("completions", {"prompt": ["x", "y"], "max_tokens": 3, "guided_regex": "a"}),
+        ("responses", {"input": "x", "max_output_tokens": 16, "text": {"format": {"type": "regex", "regex": "a"}}}),
+    ],
+)
+def test_a_grammar_is_compiled_once_and_beside_the_event_loop(
+    served: Running, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    in_loop: list[bool] = []
+
+    def compile_here(pattern: str) -> Regex:
+        in_loop.append(asyncio._get_running_loop() is not None)
+        return Regex(pattern)
+
+    monkeypatch.setattr("lfm_mlx.server.generation_fields.Regex", compile_here)
+    response = served.http.post(f"/v1/{path}", json=fields)
+    assert response.status_code == 200, response.text
+    assert in_loop == [False]
+
+
+@pytest.mark.parametrize(("size", "is_in_loop"), [(1000, True), (PARSE_IN_THREAD_BYTES, False)])
+def test_large_bodies_are_read_beside_the_event_loop(
+    served: Running, monkeypatch: pytest.MonkeyPatch, size: int, is_in_loop: bool
+) -> None:
+    in_loop: list[bool] = []
+
+    def read_here(value: object, path: str) -> Any:
+        in_loop.append(asyncio._get_running_loop() is not None)
+        return Fields.read(TOKENIZE, value, path)
+
+    monkeypatch.setattr(TOKENIZE, "read", read_here)
+    assert served.http.post("/tokenize", json={"prompt": "x " * (size // 2)}).status_code in (200, 400)
+    assert in_loop == [is_in_loop]
 
 
 def test_a_seed_gives_each_answer_the_next_one(served: Running) -> None:
