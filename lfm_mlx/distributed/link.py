@@ -145,6 +145,7 @@ class Link:
         failure: what ended the run; None while it goes on.
         on_failure: called when the run ends because a rank is gone, before this process does; what it returns is how
             many seconds the process shall live on.
+        on_close: called at the end in good order: waits for collectives that were begun, for others to end them too.
 
     Raises:
         RankError: not all came.
@@ -155,6 +156,7 @@ class Link:
         self.world = world
         self.failure: RankError | None = None
         self.on_failure: Callable[[RankError], float] | None = None
+        self.on_close: Callable[[], None] | None = None
         self._watch = watch
         self._launcher = launcher()
         self._is_closing = False
@@ -271,6 +273,8 @@ class Link:
             self._watch.sign(is_last=True)
         if self.is_leader:
             self.send({"end": True})
+        if self.on_close is not None:
+            self.on_close()
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:

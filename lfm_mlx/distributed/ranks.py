@@ -66,10 +66,11 @@ def join_ranks(size: int, mode: Mode, facts: Mapping[str, object]) -> Ranks:
     # While `init` connects, no other thread of this process runs.
     world = link.world
     try:
-        group = mx.distributed.init(strict=True, backend=world.backend)
+        group = MlxGroup(mx.distributed.init(strict=True, backend=world.backend))
     except RuntimeError as error:
         raise RankError(f"mlx.distributed did not connect rank {world.rank}: {error}; start all ranks again") from error
-    return Ranks(link, MlxGroup(group), RankPart(rank=world.rank, size=size, mode=mode))
+    link.on_close = group.finish
+    return Ranks(link, group, RankPart(rank=world.rank, size=size, mode=mode))
 
 
 def join_link(size: int, mode: str) -> Link:

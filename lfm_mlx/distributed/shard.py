@@ -35,14 +35,20 @@ class MlxGroup:
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self._group = group
+        # By default a thread has a stream of its own, and collectives of two streams would wait for each other for ever.
+        self._stream = mx.new_thread_unsafe_stream(mx.cpu)
+
+    def finish(self) -> None:
+        """Wait until all that was begun here is done."""
+        mx.synchronize(self._stream)
 
     def sum(self, x: mx.array) -> mx.array:
         """As `Group.sum`."""
-        return mx.distributed.all_sum(x, group=self._group)
+        return mx.distributed.all_sum(x, group=self._group, stream=self._stream)
 
     def gather(self, x: mx.array) -> mx.array:
         """As `Group.gather`."""
-        return mx.distributed.all_gather(x[None], group=self._group)
+        return mx.distributed.all_gather(x[None], group=self._group, stream=self._stream)
 
 
 class SummedLinear(Module):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import late_scenario
 import prefix_scenario
 import pytest
 import rank_scenario
@@ -85,3 +86,20 @@ def test_a_rank_that_is_killed_ends_all_with_one_line(checkpoint: Path, tmp_path
     assert code == 1
     told = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's own
     assert told == ["error: rank 1 is gone: its connection was closed; all ranks end, start them again"]
+
+
+def late(folder: Path, *arguments: str) -> list[list[float]]:
+    """The times that both ranks tell."""
+    with launched(folder, str(Path(late_scenario.__file__)), *arguments) as ranks:
+        found = outputs(ranks)
+    assert [(code, err) for code, _, err in found] == [(0, ""), (0, "")]
+    return [[float(line) for line in out.split()] for _, out, _ in found]
+
+
+def test_rank_0_ends_when_the_others_have_come_to_what_is_on_its_way(tmp_path: Path) -> None:
+    (ended_s,), (begun_s,) = late(tmp_path)
+    assert begun_s < ended_s
+
+
+def test_threads_of_rank_0_may_share_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    assert late(tmp_path, str(checkpoint)) == [[], []]
