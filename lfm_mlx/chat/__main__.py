@@ -111,8 +111,8 @@ def command(
     rendering.note(_greeting(model, loaded, functions))
     for message in messages:
         shell.say(message)
-    shell.run(make_keyboard(Commands.words(), is_dumb=is_dumb() or not is_terminal))
-    return 0
+    keyboard = make_keyboard(Commands.words(), is_dumb=is_dumb() or not is_terminal)
+    return shell.run(keyboard, ends_at_interrupt=is_parallel(loading))  # mlx.launch hands nothing on any more.
 
 
 def _messages(file: Path | None, *, is_piped: bool) -> list[str]:

@@ -16,6 +16,11 @@ class Interrupts:
         self._is_breaking = False
         self._is_interrupted = False
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether Ctrl-C came in the latest turn."""
+        return self._is_interrupted
+
     @contextmanager
     def cancelling(self, cancel: Callable[[], None]) -> Iterator[None]:
         """Inside, Ctrl-C calls `cancel` and raises nothing: a step of the model is not left halfway."""

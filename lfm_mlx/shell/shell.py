@@ -33,17 +33,28 @@ class Shell:
         self._tally = Tally()
         self.commands = Commands(chat, rendering, self._tally, self.say)
 
-    def run(self, keyboard: Keyboard) -> None:
-        """Read and answer until the user leaves."""
-        while True:
+    def run(self, keyboard: Keyboard, *, ends_at_interrupt: bool = False) -> int:
+        """Read and answer until the user leaves.
+
+        Args:
+            keyboard: what is read.
+            ends_at_interrupt: whether Ctrl-C, which ends an answer, ends the conversation too.
+
+        Returns:
+            The exit code.
+        """
+        while not (ends_at_interrupt and self._interrupts.is_interrupted):
             try:
                 self._take(keyboard())
             except EOFError:
-                return
+                return 0
             except KeyboardInterrupt:
+                if ends_at_interrupt:
+                    break
                 self._rendering.note("Ctrl-D or /quit leaves")
             except LfmError as error:
                 self._rendering.complain(str(error))
+        return INTERRUPTED
 
     def _take(self, line: str) -> None:
         if line.strip() and not self.commands.run(line):
