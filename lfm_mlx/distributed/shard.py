@@ -35,7 +35,7 @@ class MlxGroup:
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self._group = group
-        # By default a thread has a stream of its own, and collectives of two streams would wait for each other for ever.
+        # By default each thread has its own stream, and collectives of two streams may wait for each other for ever.
         self._stream = mx.new_thread_unsafe_stream(mx.cpu)
 
     def finish(self) -> None:
