@@ -15,7 +15,7 @@ from lfm_mlx.constrain.lark_rules import quoted
 from lfm_mlx.constrain.lark_source import check_lark
 from lfm_mlx.constrain.literal_grammar import Form
 from lfm_mlx.constrain.reason import one_line
-from lfm_mlx.constrain.schema_check import check_compiles, check_schema, json_grammar
+from lfm_mlx.constrain.schema_check import check_compiles, check_len, check_schema, json_grammar
 from lfm_mlx.constrain.schema_tree import Schema
 from lfm_mlx.constrain.tool_grammar import ToolDeclaration, calls_grammar, read_tools
 from lfm_mlx.errors import OptionError
@@ -135,6 +135,7 @@ class Choice(Constraint):
             raise OptionError(f"options is {self.options!r}, expected a list of at least one text")
         for option in self.options:
             _check_text("an option", option)
+        check_len("".join(self.options), "options")
 
     def grammar(self, tokenizer: GrammarTokenizer) -> str:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(quoted, self.options)))
@@ -239,6 +240,7 @@ def _marker_token(tokenizer: GrammarTokenizer, text: str) -> str:
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise OptionError(f"{name} is {value!r}, expected a text that is not empty")
+    check_len(value, name)
 
 
 def _check_grammar(name: str, grammar: str) -> None:

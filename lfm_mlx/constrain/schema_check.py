@@ -25,6 +25,7 @@ from lfm_mlx.errors import OptionError
 
 JSON_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 FORMATS = (*PATTERNS, *NATIVE)
+MAX_CHARS = 250_000
 EXACT = 2**53
 """llguidance computes with floats, which leave out whole numbers beyond."""
 
@@ -63,7 +64,7 @@ def check_schema(schema: object, name: str = "schema") -> None:
         schema: a JSON schema, draft 2020-12; older drafts where they mean the same.
         name: what the error calls it; keyword places follow as a JSON pointer, as in `schema#/properties/a/not`.
     """
-    json_text(schema, name)
+    check_len(json_text(schema, name), name)
     check_keywords(schema, name)
 
 
@@ -101,6 +102,16 @@ def check_compiles(schema: Schema, name: str = "schema") -> None:
             if inner_reason:
                 raise OptionError(f"{name}#{pointer}: {inner_reason}; write this part of the schema in another way")
     raise OptionError(f"{name}: {reason}; write the schema in another way")
+
+
+def check_len(text: str, name: str) -> None:
+    """Refuse what would take seconds to compile, which grows with the square of its length.
+
+    Raises:
+        OptionError: with both lengths.
+    """
+    if len(text) > MAX_CHARS:
+        raise OptionError(f"{name} has {len(text):,} characters, expected at most {MAX_CHARS:,}; shorten it")
 
 
 def json_text(schema: object, name: str = "schema") -> str:

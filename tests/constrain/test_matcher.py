@@ -348,7 +348,7 @@ def test_regexes_and_choices_match_the_whole_answer(vocabulary: GrammarTokenizer
 @pytest.mark.parametrize(
     "constraint",
     [
-        Choice([f"label {number}" for number in range(5000)], reasoning="forbidden"),
+        Choice([f"label {number}" for number in range(4000)], reasoning="forbidden"),
         JsonSchema({"properties": {f"p{n}": {"type": "string"} for n in range(900)}}, reasoning="forbidden"),
     ],
     ids=["choices", "properties"],
@@ -385,6 +385,10 @@ def test_a_grammar_may_lead_through_many_rules(vocabulary: GrammarTokenizer) -> 
         (lambda: Choice("ab"), "options is 'ab'"),
         (lambda: Choice(["a", ""]), "an option is ''"),
         (lambda: Lark("no rule"), "source is refused"),
+        (lambda: Lark(f'start: "{"a" * 250_000}"'), "250,009 characters"),
+        (lambda: Regex("a" * 250_001), "250,001 characters"),
+        (lambda: Choice(["a" * 250_000, "b"]), "250,001 characters"),
+        (lambda: JsonSchema({"enum": ["a" * 250_000]}), "250,014 characters"),
         (lambda: Lark("begin: /a/"), "start"),
         (lambda: Lark("start: x"), "unknown name"),
         (lambda: Lark("x"), "source is refused"),
