@@ -332,10 +332,16 @@ def make_prefix_cache(
         folder_gb: most that is kept there.
 
     Raises:
-        OptionError: a folder was given and no memory.
+        OptionError: a folder was given and no memory, or more memory than is free.
     """
+    free_gb = available_bytes() / 1e9
     if memory_gb is None:
-        memory_gb = min(DEFAULT_CACHE_GB, available_bytes() / 8e9)
+        memory_gb = min(DEFAULT_CACHE_GB, free_gb / 8)
+    elif memory_gb > free_gb:
+        raise OptionError(
+            f"--prefix-cache-gb is {memory_gb:g}, expected less than the {free_gb:.1f} GB that are free, as answers "
+            "need memory too; give less"
+        )
     max_bytes = int(memory_gb * 1e9)
     if not max_bytes:
         if folder is not None:

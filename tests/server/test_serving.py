@@ -261,10 +261,11 @@ def test_a_certificate_is_served(tmp_path: Path) -> None:
         (["--tls-cert", str(TINY / "config.json"), "--tls-key", str(TINY / "config.json")], "cannot be used for TLS"),
         (["--prefix-cache-gb", "nan"], "no finite number"),
         (["--shutdown-timeout", "inf"], "no finite number"),
+        (["--prefix-cache-gb", "1e6"], "GB that are free"),
         (["--cors-origin", "https://app.example/"], "expected * or an origin"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_loading(options: list[str], message: str) -> None:
+def test_options_that_make_no_sense_are_refused(options: list[str], message: str) -> None:
     done = CliRunner().invoke(command, ["--model", str(TINY), "--port", "0", *options])
     assert message in f"{done.output} {done.exception}"
     assert done.exit_code in (1, 2)
