@@ -23,6 +23,7 @@ _STATUSES = {
     404: "There is no such model or response.",
     408: "The body took too long.",
     413: "The body is too large.",
+    415: "The body is encoded.",
     503: "There is no room now, or the server shuts down.",
     504: "The answer took too long.",
 }
