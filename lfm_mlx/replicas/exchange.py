@@ -14,7 +14,7 @@ from starlette.requests import Request
 from lfm_mlx.replicas.replica import Replica
 
 _OF_ONE_CONNECTION = frozenset(
-    {"connection", "content-length", "date", "keep-alive", "server", "transfer-encoding", "x-request-id"}
+    {"connection", "content-length", "date", "keep-alive", "server", "transfer-encoding", "x-request-id", "request-id"}
 )
 """Headers of an answer that are made anew."""
 
