@@ -246,7 +246,25 @@ def enforceable(schema: Any) -> Any:
             result[key] = {name: enforceable(item) for name, item in value.items()}
         else:
             result[key] = value
-    return result
+    return _with_ends(result)
+
+
+def _with_ends(schema: dict[str, Any]) -> dict[str, Any]:
+    """An integer that has no bounds ends at 19 digits: one that goes on is a known way for a model to lose itself."""
+    given = schema.get("type", ())
+    types = [given] if isinstance(given, str) else given
+    if "integer" not in types or "number" in types:
+        return schema
+    if not schema.keys().isdisjoint(("multipleOf", "const", "enum")):
+        return schema
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    ends = {}
+    if low is None and (high is None or high > -LARGEST):
+        ends["minimum"] = -LARGEST
+    if high is None and (low is None or low < LARGEST):
+        ends["maximum"] = LARGEST
+    return schema | ends
 
 
 def _refusal(schema: Schema) -> str:

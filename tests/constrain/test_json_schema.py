@@ -110,6 +110,15 @@ def test_white_space_is_what_printers_write_and_comes_to_an_end(
     assert accepts_text(JsonObject(reasoning="forbidden"), vocabulary, tokenizer, text) is is_accepted
 
 
+@pytest.mark.parametrize(
+    "schema", [{"type": "integer"}, {"type": ["integer", "null"], "minimum": 5}, {"$ref": "#/$defs/a"}]
+)
+def test_an_integer_comes_to_an_end(schema: Any, vocabulary: GrammarTokenizer, tokenizer: Tokenizer) -> None:
+    constraint = JsonSchema({"$defs": {"a": {"type": "integer"}}, **schema}, reasoning="forbidden")
+    for digits, is_accepted in (("5", True), (str(2**62), True), ("4" * 20, False)):
+        assert accepts_text(constraint, vocabulary, tokenizer, digits) is is_accepted
+
+
 def test_a_schema_that_is_too_deep_is_refused() -> None:
     schema: dict[str, Any] = {}
     for _ in range(100):
