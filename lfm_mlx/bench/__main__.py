@@ -279,7 +279,8 @@ def distributed(plan: bool, **options: Any) -> None:
         raise click.UsageError("give one of --plan, --tensor-parallel N and --expert-parallel N")
     wrong = measured if plan else _given(**paper)
     if wrong:
-        raise click.UsageError(f"{', '.join(wrong)} belong to {'a measurement' if plan else '--plan'}; leave them out")
+        found = [one.opts[0] for one in click.get_current_context().command.params if one.name in wrong]
+        raise click.UsageError(f"{', '.join(found)} belong to {'a measurement' if plan else '--plan'}; leave them out")
     if plan:
         _finish(ask_distributed_plan(subject, **_given(**paper)))
     else:

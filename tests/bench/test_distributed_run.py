@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from launching import PATIENCE_S, launched, outputs
 
+from lfm_mlx.bench.__main__ import group
 from lfm_mlx.bench.decode_speed import ask_decode_speed
 from lfm_mlx.bench.shapes import config_named
 from lfm_mlx.bench.subject import Subject
@@ -73,3 +75,16 @@ def test_what_ranks_cannot_do_is_refused_by_rank_0_first(options: list[str], tol
         assert (ranks[0].returncode, ranks[1].poll(), out) == (1, None, "")
     assert err.startswith(told)
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--plan", "--steps", "3", "--rows", "2"], "--rows, --steps belong to a measurement"),
+        (["--tensor-parallel", "2", "--context", "9"], "--context belong to --plan"),
+        ([], "give one of --plan, --tensor-parallel N and --expert-parallel N"),
+    ],
+)
+def test_options_of_the_other_half_are_refused_by_name(options: list[str], told: str) -> None:
+    with pytest.raises(click.UsageError, match=told):
+        group.main(["distributed", *options], standalone_mode=False)
