@@ -311,12 +311,13 @@ class Link:
         if not self.is_leader and self.peers[0].is_ended:
             time.sleep(LEAVE_S)  # Still here, this process waits in a collective for ranks that are gone.
             os._exit(0)
+        left_s = self.on_failure(failure) if self.on_failure is not None else 0.0  # Before a launcher ends this process.
         if self.is_leader:
             _write_error(str(failure))
             self.send({"failed": str(failure)})
         elif not str(failure).startswith(_TOLD):
             _write_error(f"rank {self.world.rank}: {failure}")
-        time.sleep(self.on_failure(failure) if self.on_failure is not None else 0.0)
+        time.sleep(left_s)
         os._exit(1)
 
     def _beat(self) -> None:

@@ -119,7 +119,7 @@ class Front:
             Seconds in which those who wait may read that.
         """
         self._loss = loss
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             return 0.0
         self._loop.call_soon_threadsafe(self.fleet.drop_all, self._lost_error())
         return FAREWELL_S

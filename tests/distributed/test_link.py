@@ -116,6 +116,28 @@ def test_a_rank_ends_when_its_launcher_is_killed(name: str, told: str) -> None:
     assert told in err
 
 
+LOSING = """
+import os, sys, time
+from lfm_mlx.distributed import Link, World
+link = Link(World(rank=0, size=2, backend="ring", host="127.0.0.1", port=int(sys.argv[1])))
+link.on_failure = lambda failure: os.write(2, b"clients are told\\n") * 0.0
+os.write(2, b"ready\\n")
+time.sleep(60)
+"""
+
+
+def test_clients_are_told_of_a_loss_before_a_launcher_may_end_this_process() -> None:
+    (port,) = free_ports(1)
+    command = [sys.executable, "-c", LOSING, str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as rank_0, connected(port) as connection:
+        assert rank_0.stderr is not None
+        connection.sendall(b"lfm_mlx rank 1      \n")
+        assert rank_0.stderr.readline() == "ready\n"
+        connection.shutdown(socket.SHUT_RDWR)
+        _, err = rank_0.communicate(timeout=PATIENCE_S)
+    assert [line.split(":")[0] for line in err.splitlines()] == ["clients are told", "error"]
+
+
 def test_whoever_is_no_rank_is_turned_away() -> None:
     (port,) = free_ports(1)
     found: list[Link] = []
