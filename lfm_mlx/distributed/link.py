@@ -311,7 +311,8 @@ class Link:
         if not self.is_leader and self.peers[0].is_ended:
             time.sleep(LEAVE_S)  # Still here, this process waits in a collective for ranks that are gone.
             os._exit(0)
-        left_s = self.on_failure(failure) if self.on_failure is not None else 0.0  # Before a launcher ends this process.
+        # First: a launcher may end this process, unless it knows that it is to live on.
+        left_s = self.on_failure(failure) if self.on_failure is not None else 0.0
         if self.is_leader:
             _write_error(str(failure))
             self.send({"failed": str(failure)})
