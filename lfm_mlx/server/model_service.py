@@ -122,7 +122,9 @@ class Service:
 
     def _start(self, read: Callable[[], Sequence[Ask]], loop: asyncio.AbstractEventLoop, started_s: float) -> Asked:
         """Prepare questions and submit their answers; takes a while, so that it runs beside the event loop."""
-        prepared = [prepare(self.model, self.tokenizer, ask) for ask in read()]
+        asks = read()
+        self._check_number(sum(ask.num_answers for ask in asks))
+        prepared = [prepare(self.model, self.tokenizer, ask) for ask in asks]
         answers: list[AnswerStream] = []
         try:
             for one in prepared:
@@ -134,6 +136,15 @@ class Service:
             raise
         prompts = [one.prompt for one in prepared]
         return Asked(prompts=prompts, answers=answers, sampling=prepared[0].sampling, started_s=started_s)
+
+    def _check_number(self, num_answers: int) -> None:
+        most = self.settings.max_rows + self.settings.max_waiting
+        if num_answers > most:
+            raise ApiError(
+                f"the request asks for {num_answers} answers, expected at most {most}, those that are written at once "
+                "(--max-rows) and those that may wait (--max-waiting); ask for fewer at a time",
+                param="n",
+            )
 
     def _write(self, prepared: Prepared, options: AnswerOptions, on_progress: Callable[[], None]) -> Answer:
         return Answer(

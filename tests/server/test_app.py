@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from running_server import Running, new_service, running
+from running_server import Running, new_service, running, wait_until
 
 from lfm_mlx.server.http_errors import Dialect
 
@@ -175,12 +175,25 @@ def test_a_browser_is_told_what_a_page_may_do(guarded: Running) -> None:
 
 def test_one_too_many_is_sent_away_with_the_numbers() -> None:
     with running(new_service(max_rows=1, max_waiting=0)) as one:
-        body = {**QUESTION, "n": 2}
-        response = one.http.post("/v1/chat/completions", json=body)
+        ends = {str(token_id): -100 for token_id in one.service.tokenizer.stop_ids}
+        long = {**QUESTION, "max_tokens": 3000, "logit_bias": ends, "stream": True}
+        with one.http.stream("POST", "/v1/chat/completions", json=long) as stream:
+            assert next(stream.iter_lines()).startswith("data: ")
+            response = one.http.post("/v1/chat/completions", json=QUESTION)
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["code"] == "queue_full"
+        wait_until(one.is_idle)
         one.check_alive()
+
+
+def test_more_answers_than_there_can_be_at_a_time_are_the_request_s_fault() -> None:
+    with running(new_service(max_rows=1, max_waiting=2)) as one:
+        for path, fields in (("chat/completions", QUESTION), ("completions", {"prompt": ["a", "b"]})):
+            response = one.http.post(f"/v1/{path}", json={**fields, "n": 4, "max_tokens": 1})
+            assert response.status_code == 400
+            assert "at most 3" in response.json()["error"]["message"]
+            assert response.json()["error"]["param"] == "n"
 
 
 def test_an_answer_that_takes_too_long_is_ended() -> None:
