@@ -24,7 +24,7 @@ from lfm_mlx.errors import LfmError, RankError
 from lfm_mlx.memory import available_bytes
 
 BEAT_S = 0.5
-STALL_S = 8.0
+STALL_S = 7.0
 """A rank that sends nothing for so long has stalled."""
 
 ARRIVAL_S = 60.0

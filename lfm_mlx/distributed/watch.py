@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-STILL_S = 9
+STILL_S = 8
 """A process whose threads do nothing for so long is ended."""
 
 FAREWELL_S = 6

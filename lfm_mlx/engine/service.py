@@ -20,7 +20,7 @@ from lfm_mlx.types import check_integer
 
 _log = logging.getLogger(__name__)
 
-FAREWELL_S = 3.0
+FAREWELL_S = 2.0
 """A process lives on so long when a rank of its model is gone, to say so to those who wait."""
 
 ASSUMED_SERVICE_S = 2.0

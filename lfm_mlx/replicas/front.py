@@ -42,7 +42,7 @@ PROMPT_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/respon
 MOST_LOST = 2
 """A request that this many servers took and went away over is not given to a further one."""
 
-FAREWELL_S = 3.0
+FAREWELL_S = 2.0
 """When a rank is gone, clients are told so for this long before the process ends."""
 
 
