@@ -239,8 +239,8 @@ def stand_ins(*, is_linked: bool = True, are_kernels_real: bool = False) -> Iter
         if not are_kernels_real:
             replaced[MetalKernel, "launch"] = _launch if is_linked else _light_launch
     if are_kernels_real:
-        replaced[mx.distributed, "all_sum"] = lambda x, group: mx.sort(x, axis=-1)
-        replaced[mx.distributed, "all_gather"] = lambda x, group: mx.concatenate([x] * group.size())
+        replaced[mx.distributed, "all_sum"] = lambda x, group, stream: mx.sort(x, axis=-1)
+        replaced[mx.distributed, "all_gather"] = lambda x, group, stream: mx.concatenate([x] * group.size())
     originals = {place: getattr(*place) for place in replaced}
     for (module, name), stand_in in replaced.items():
         setattr(module, name, stand_in)
