@@ -17,6 +17,9 @@ from lfm_mlx.errors import LfmError
 
 TIMEOUT_S = 600.0
 
+TRIES, RETRY_S = 20, 0.1
+"""A server whose queue of connections is short (mlx-lm's holds five) resets some of many at once; clients try again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
@@ -60,15 +63,13 @@ def ask(port: int, body: Mapping[str, Any], *, until: threading.Event | None = N
         LfmError: the server refuses or breaks off.
     """
     payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     times: list[float] = []
     message: dict[str, Any] = {"role": "assistant", "content": ""}
     usage: Mapping[str, Any] = {}
     asked_s = time.perf_counter()
-    with contextlib.closing(connection):
+    with contextlib.ExitStack() as stack:
         try:
-            connection.request("POST", "/v1/chat/completions", payload, {"content-type": "application/json"})
-            response = connection.getresponse()
+            response = _answer_to(port, payload, stack)
             if response.status != 200:
                 raise LfmError(f"a server answered {response.status}: {response.read()[:300]!r}")
             for line in response:
@@ -93,6 +94,23 @@ def ask(port: int, body: Mapping[str, Any], *, until: threading.Event | None = N
         completion_tokens=usage.get("completion_tokens", 0),
         cached_tokens=details.get("cached_tokens") or 0,
     )
+
+
+def _answer_to(port: int, payload: str, stack: contextlib.ExitStack) -> http.client.HTTPResponse:
+    """What begins to come back for a request, on a connection that ends with the stack."""
+    num_tries = 0
+    while True:
+        num_tries += 1
+        connection = stack.enter_context(
+            contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S))
+        )
+        try:
+            connection.request("POST", "/v1/chat/completions", payload, {"content-type": "application/json"})
+            return connection.getresponse()
+        except ConnectionError:
+            if num_tries == TRIES:
+                raise
+            time.sleep(RETRY_S)
 
 
 def _add(message: dict[str, Any], delta: Mapping[str, Any]) -> bool:

@@ -81,7 +81,8 @@ def ask_serving(
         notes=(
             "gap: between two pieces of a stream, as a client hears them. ratio: lfm_mlx's share of mlx-lm's number.",
             f"questions of {prompt_tokens} tokens, answers of {answer_tokens}; prefixes of {prefix_tokens}; the long",
-            f"prompt has {long:,} tokens and comes while {STREAMS} streams are read.",
+            f"prompt has {long:,} tokens and comes while {STREAMS} streams are read. A connection that is reset before",
+            "its answer begins is made again; the time counts.",
         ),
     )
 

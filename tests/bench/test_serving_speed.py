@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,7 @@ import pytest
 from lfm_mlx.bench.plot import plot_serving
 from lfm_mlx.bench.served_prompts import Prompts, after_call
 from lfm_mlx.bench.served_side import serve_both
-from lfm_mlx.bench.served_stream import Heard, ask
+from lfm_mlx.bench.served_stream import RETRY_S, Heard, ask
 from lfm_mlx.bench.serving_speed import ask_serving
 from lfm_mlx.bench.subject import Subject
 from lfm_mlx.errors import LfmError
@@ -39,9 +41,18 @@ CHUNKS = [
 def peer() -> Iterator[int]:
     """A server of another kind, without chunked encoding; it refuses a request without messages."""
 
+    resets = {"busy": 2, "never": 1000}
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            name = asked["messages"][0] if asked["messages"] else None
+            if resets.get(name, 0):
+                resets[name] -= 1
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                self.close_connection = True
+                return
             self.send_response(200 if asked["messages"] else 400)
             self.end_headers()
             for chunk in CHUNKS if asked["messages"] != ["broken"] else [{"error": {"message": "no"}}]:
@@ -70,6 +81,15 @@ def test_a_stream_is_put_together_and_timed_by_its_pieces(peer: int) -> None:
 def test_a_refused_or_broken_stream_is_an_error(peer: int, messages: list[str], told: str) -> None:
     with pytest.raises(LfmError, match=told):
         ask(peer, {"messages": messages})
+
+
+def test_a_connection_that_is_reset_before_its_answer_is_made_again(peer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm_mlx.bench.served_stream.TRIES", 3)
+    heard = ask(peer, {"messages": ["busy"]})
+    assert heard.completion_tokens == 5
+    assert heard.first_s >= 2 * RETRY_S
+    with pytest.raises(LfmError, match="broke a stream off: Connection"):
+        ask(peer, {"messages": ["never"]})
 
 
 def test_gaps_are_between_pieces() -> None:
