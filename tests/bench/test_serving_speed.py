@@ -88,7 +88,7 @@ def test_a_connection_that_is_reset_before_its_answer_is_made_again(peer: int, m
     heard = ask(peer, {"messages": ["busy"]})
     assert heard.completion_tokens == 5
     assert heard.first_s >= 2 * RETRY_S
-    with pytest.raises(LfmError, match="broke a stream off: Connection"):
+    with pytest.raises(LfmError, match="broke a stream off"):
         ask(peer, {"messages": ["never"]})
 
 
